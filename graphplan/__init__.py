@@ -1,0 +1,44 @@
+"""Train a PyTorch model inside a byte budget: keep, recompute or compress each activation."""
+
+from graphplan.codecs import CODECS
+from graphplan.device import Device
+from graphplan.errors import (
+    BackwardError,
+    BudgetError,
+    CaptureError,
+    GraphplanError,
+    InfeasibleBudget,
+    PlanFormatError,
+    PlanMismatch,
+    PromiseBroken,
+    UnsupportedModel,
+)
+from graphplan.measure import Measurement, measure
+from graphplan.plan import Decision, Plan
+from graphplan.planned import PlannedModule, apply, optimize
+from graphplan.verify import Report, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CODECS",
+    "BackwardError",
+    "BudgetError",
+    "CaptureError",
+    "Decision",
+    "Device",
+    "GraphplanError",
+    "InfeasibleBudget",
+    "Measurement",
+    "Plan",
+    "PlanFormatError",
+    "PlanMismatch",
+    "PlannedModule",
+    "PromiseBroken",
+    "Report",
+    "UnsupportedModel",
+    "apply",
+    "measure",
+    "optimize",
+    "verify",
+]

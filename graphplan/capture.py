@@ -1,0 +1,158 @@
+"""capture: model + example inputs -> Capture (the joint forward + backward Graph and how to call it).
+
+A short ladder: AOTAutograd's joint export takes most models as they are; `torch.export` in front of it takes those
+that ask a tensor for a Python value or keep tensors as plain attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import traceback
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
+from graphplan.build import build_graph
+from graphplan.errors import CaptureError, UnsupportedModel
+from graphplan.graph import Graph
+from graphplan.tree import Template
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A Graph and the structures around it: what goes in and what comes out of one call of the model."""
+
+    graph: Graph
+    inputs: Template
+    outputs: Template
+
+
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Template, list[Tensor]]:
+    """Return the structure of one call and its distinct input tensors; keyword order does not matter."""
+    return Template.of((tuple(args), dict(sorted(kwargs.items()))))
+
+
+def call_key(template: Template, tensors: Sequence[Tensor]) -> Hashable:
+    """Return what two calls must share to be served by one captured graph."""
+    return (template.key(), tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors))
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Trace one training step of `model` on `args` and `kwargs` in its present mode; nothing is executed.
+
+    Raises:
+        UnsupportedModel: nothing is trainable, or a parameter is sparse, complex or not yet initialised.
+        CaptureError: the model cannot be traced as one graph, or does not take these inputs.
+    """
+    _check_model(model)
+    template, tensors = flatten_call(args, kwargs or {})
+    if not any(t.requires_grad for t in (*model.parameters(), *tensors)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no trainable parameter (requires_grad) and no input that requires grad: "
+            "there is nothing to train"
+        )
+    flat = _Flat(model, template)
+    # Tracing must not draw from the user's RNG stream.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        traced, joint = _climb(flat, tensors)
+    assert flat.returned is not None
+    graph = build_graph(joint, model, traced, type(model).__name__)
+    graph.verify()
+    return Capture(graph, template, flat.returned)
+
+
+class _Flat(nn.Module):
+    """The model as a function of tensors to tensors; `returned` is the structure of what it returned."""
+
+    def __init__(self, model: nn.Module, template: Template) -> None:
+        super().__init__()
+        self.model = model
+        self.template = template
+        self.returned: Template | None = None
+        self.training = model.training
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.template.fill(tensors)
+        self.returned, leaves = Template.of(self.model(*args, **kwargs))
+        return tuple(leaves)
+
+
+def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
+    """Return (the module that was traced, its joint graph) from the first rung that holds."""
+    try:
+        return flat, _joint(flat, tensors)
+    except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
+        try:
+            exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
+            _register_plain_tensors(exported)
+            return exported, _joint(exported, tensors)
+        except Exception as second:  # noqa: BLE001
+            raise _explain(flat.model, first, second) from second
+
+
+def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
+    with contextlib.ExitStack() as stack:
+        return aot_export_joint_with_descriptors(stack, module, tuple(tensors))
+
+
+def _register_plain_tensors(module: nn.Module) -> None:
+    """Make buffers of tensors held as plain attributes, so that tracing lifts them to graph inputs."""
+    for sub in module.modules():
+        for name, value in list(vars(sub).items()):
+            if isinstance(value, Tensor):
+                delattr(sub, name)
+                sub.register_buffer(name, value, persistent=False)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnsupportedModel(f"parameter {name!r} is not initialised yet: call the model once before planning")
+        if p.layout is not torch.strided:
+            raise UnsupportedModel(f"parameter {name!r} is sparse ({p.layout}); only dense parameters are planned")
+        if p.is_complex():
+            raise UnsupportedModel(f"parameter {name!r} is complex ({p.dtype}); only real parameters are planned")
+
+
+def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
+    """Say what failed, at which line of the model, and what would help."""
+    text = str(first).strip().splitlines()
+    lines = [f"cannot capture {type(model).__name__} as one graph: {type(first).__name__}: {text[0] if text else ''}"]
+    place = _user_line(first) or _user_line(second)
+    if place is not None:
+        lines.append(f"  at {place}")
+    words = f"{first} {second}"
+    if "forward() " in words and "argument" in words:
+        lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
+    elif any(w in words for w in ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent")):
+        lines.append(
+            "  this line asks a tensor for a Python value (if, int(), .item(), boolean mask), so the graph depends on "
+            "data; use torch.where or move the decision outside the model"
+        )
+    last = str(second).strip().splitlines()
+    lines.append(f"  torch.export in front of it: {type(second).__name__}: {last[0] if last else ''}")
+    return CaptureError("\n".join(lines))
+
+
+def _user_line(error: BaseException) -> str | None:
+    """Return the innermost traceback line that belongs neither to torch nor to graphplan."""
+    found = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+            found = frame
+    if found is None:
+        return None
+    source = linecache.getline(found.filename, found.lineno or 0).strip()
+    return f"{found.filename}:{found.lineno} in {found.name}: {source}"
+

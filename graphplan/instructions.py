@@ -1,0 +1,208 @@
+"""The instructions that a plan may name: a graph's ops, their repeatable variants, and the codecs' halves.
+
+They follow from the graph alone, so that a plan made elsewhere means the same here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from graphplan import functions
+from graphplan.graph import Graph, GraphOp, StorageKind
+
+aten = torch.ops.aten
+TURN = "turn"
+END = "end"
+Argument = Any
+
+
+class Emitter(Protocol):
+    """Where an instruction writes its fx nodes: the rewritten graph, or a small one that is timed."""
+
+    def load(self, node: fx.Node) -> fx.Node:
+        """Return the present copy of the captured `node`'s value."""
+
+    def load_encoded(self, storage: int) -> fx.Node:
+        """Return the node that holds encoded storage `storage`."""
+
+    def call(self, target: Callable[..., Any], args: tuple[Argument, ...], name: str) -> fx.Node:
+        """Add a call."""
+
+    def copy(self, node: fx.Node, name: str) -> fx.Node:
+        """Add a copy of the captured `node` that reads the present copies of its inputs."""
+
+    def store(self, node: fx.Node, value: fx.Node) -> None:
+        """Make `value` the present copy of the captured `node`."""
+
+    def store_encoded(self, storage: int, value: fx.Node) -> None:
+        """Make `value` the holder of encoded storage `storage`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One thing that a plan can do at a step. `reads` and `writes` are storage ids."""
+
+    name: str
+    kind: str  # "op" | "variant" | "encode" | "decode" | "turn" | "end"
+    op: int | None  # the graph op that it runs or stands in for
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    repeatable: bool
+    emit: Callable[[Emitter], None] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A storage that only a codec makes. `like` is a meta tensor of its shape and dtype."""
+
+    id: int
+    name: str
+    nbytes: int
+    of: int  # the storage that it encodes
+    codec: str
+    like: Tensor = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """All instructions for one graph. The first `len(graph.ops) + 2` run the program once, in order."""
+
+    items: tuple[Instruction, ...]
+    encoded: tuple[Encoded, ...]
+    program: tuple[int, ...]
+    turn: int
+
+    def by_name(self) -> dict[str, int]:
+        """Return the id of each instruction by its name."""
+        return {item.name: i for i, item in enumerate(self.items)}
+
+
+class Codec(Protocol):
+    """Finds what it can encode in a graph. One file and one line in CODECS add one."""
+
+    name: str
+    exact: bool
+
+    def find(self, graph: Graph, first_id: int) -> tuple[list[Encoded], list[Instruction]]:
+        """Return encoded storages (ids from `first_id` on) and the instructions that make and read them."""
+
+
+def instructions_of(graph: Graph, codecs: Sequence[Codec]) -> Instructions:
+    """Return every instruction that `graph` offers with `codecs`."""
+    items = [_op_instruction(graph, op) for op in graph.ops if not op.backward]
+    turn = len(items)
+    items.append(_turn(graph))
+    items.extend(_op_instruction(graph, op) for op in graph.ops if op.backward)
+    items.append(_end(graph))
+    program = tuple(range(len(items)))
+    for op in graph.ops:
+        variant = _variant(graph, op)
+        if variant is not None:
+            items.append(variant)
+    encoded: list[Encoded] = []
+    for codec in codecs:
+        new, made = codec.find(graph, len(graph.storages) + len(encoded))
+        encoded.extend(new)
+        items.extend(made)
+    return Instructions(tuple(items), tuple(encoded), program, turn)
+
+
+def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.Node]:
+    """Return the captured nodes (getitems of a multi-output op, else the node) that hold `writes`."""
+    wanted = set(writes)
+    items = [u for u in node.users if u.target is operator.getitem]
+    if not items:
+        return [node]
+    return [u for u in items if wanted.intersection(graph.storages_of[u.name])]
+
+
+def _op_instruction(graph: Graph, op: GraphOp) -> Instruction:
+    def emit(out: Emitter) -> None:
+        value = out.copy(op.node, op.name)
+        for result in results_of(graph, op.node, op.writes):
+            if result is op.node:
+                out.store(result, value)
+            else:
+                out.store(result, out.call(operator.getitem, (value, result.args[1]), result.name))
+
+    return Instruction(op.name, "op", op.id, _planned(graph, op.reads), op.writes, op.repeatable, emit)
+
+
+def _planned(graph: Graph, storages: Iterable[int]) -> tuple[int, ...]:
+    return tuple(s for s in storages if not graph.storages[s].kind.fixed)
+
+
+def _turn(graph: Graph) -> Instruction:
+    """Between forward and backward: outputs go to the caller, buffers take their new values, the loss runs."""
+    results = (*graph.forward_outputs, *(n for _, n in graph.mutations))
+    reads = dict.fromkeys(s for n in results for s in graph.storages_of[n])
+    writes = tuple(s.id for s in graph.storages if s.kind is StorageKind.TANGENT)
+    nodes = graph.nodes
+
+    def emit(out: Emitter) -> None:
+        for i, name in graph.mutations:
+            placeholder = nodes[graph.primals[i].node]
+            out.call(aten.copy_.default, (out.load(placeholder), out.load(nodes[name])), f"{placeholder.name}__update")
+
+    return Instruction(TURN, "turn", None, _planned(graph, reads), writes, False, emit)
+
+
+def _end(graph: Graph) -> Instruction:
+    """After the backward: every gradient, and every tangent (autograd holds it), is still there."""
+    reads = dict.fromkeys(s for n in graph.gradients if n is not None for s in graph.storages_of[n])
+    reads.update(dict.fromkeys(s.id for s in graph.storages if s.kind is StorageKind.TANGENT))
+    return Instruction(END, "end", None, _planned(graph, reads), (), False, lambda out: None)
+
+
+def _variant(graph: Graph, op: GraphOp) -> Instruction | None:
+    """Return the pure part of an op that must itself run only once."""
+    if op.backward:
+        return None
+    if op.node.target is aten._native_batch_norm_legit_functional.default and op.node.args[5] is True:
+        return _batch_norm_again(graph, op)
+    if op.node.target is aten.native_dropout.default and op.node.args[2] is True:
+        return _dropout_again(graph, op)
+    return None
+
+
+def _batch_norm_again(graph: Graph, op: GraphOp) -> Instruction:
+    """Batch norm by its own op without running statistics: bit-equal, and it updates nothing."""
+    x, weight, bias, _mean, _var, training, momentum, eps = op.node.args
+    results = [r for r in results_of(graph, op.node, op.writes) if r.args[1] < 3]  # type: ignore[operator]
+    writes = tuple(s for r in results for s in graph.storages_of[r.name])
+    args = (x, weight, bias, training, momentum, eps)
+    reads = dict.fromkeys(s for a in args if isinstance(a, fx.Node) for s in graph.storages_of[a.name])
+
+    def emit(out: Emitter) -> None:
+        loaded = tuple(out.load(a) if isinstance(a, fx.Node) else a for a in args)
+        value = out.call(aten._native_batch_norm_legit.no_stats, loaded, op.name)
+        for r in results:
+            out.store(r, out.call(operator.getitem, (value, r.args[1]), r.name))
+
+    return Instruction(f"{op.name}__pure", "variant", op.id, _planned(graph, reads), writes, True, emit)
+
+
+def _dropout_again(graph: Graph, op: GraphOp) -> Instruction | None:
+    """Dropout from the mask that was drawn: no second draw, the same products."""
+    results = {r.args[1]: r for r in results_of(graph, op.node, op.writes)}
+    x, p = op.node.args[0], op.node.args[1]
+    if set(results) != {0, 1} or not isinstance(x, fx.Node):
+        return None
+    val = results[0].meta["val"]
+    if val.device.type != "cpu" and val.dtype is not torch.float32:
+        return None  # CUDA's fused kernel rounds once where the two products round twice
+    reads = dict.fromkeys((*graph.storages_of[x.name], *graph.storages_of[results[1].name]))
+
+    def emit(out: Emitter) -> None:
+        out.store(
+            results[0], out.call(functions.dropout_from_mask, (out.load(x), out.load(results[1]), p), results[0].name)
+        )
+
+    writes = graph.storages_of[results[0].name]
+    return Instruction(f"{op.name}__apply", "variant", op.id, _planned(graph, reads), writes, True, emit)

@@ -1,0 +1,109 @@
+"""lower: Graph + Instructions + Profile -> Problem. Torch stops here: what comes out is numbers."""
+
+from __future__ import annotations
+
+from graphplan.graph import Graph, StorageKind
+from graphplan.instructions import Instruction, Instructions
+from graphplan.profile import Profile
+from solvers import Kind, Op, Problem
+
+_KINDS = {"encode": Kind.ENCODE, "decode": Kind.DECODE}
+
+
+def lower(
+    graph: Graph,
+    instructions: Instructions,
+    profile: Profile,
+    outside_bytes: int,
+    resident_bytes: int,
+    budget_bytes: int = 0,
+) -> Problem:
+    """Return the Problem of running `graph` within `budget_bytes`.
+
+    Op i of the problem is instruction i; value v is the storage `values_of(graph, instructions)[v]`.
+    `outside_bytes` are what the caller's loss holds at most between forward and backward, the gradients that it
+    hands back included; `resident_bytes` what it keeps for the whole step (targets, the loss itself). These and
+    parameters, buffers, inputs and constants are `fixed_bytes`.
+    """
+    values = values_of(graph, instructions)
+    index = {s: v for v, s in enumerate(values)}
+    names = {s.id: s.name for s in graph.storages} | {e.id: e.name for e in instructions.encoded}
+    sizes = {s.id: s.nbytes for s in graph.storages} | {e.id: e.nbytes for e in instructions.encoded}
+
+    def to_op(i: int, item: Instruction) -> Op:
+        program = i < len(instructions.program)
+        return Op(
+            name=item.name,
+            reads=tuple(index[s] for s in item.reads),
+            writes=tuple(index[s] for s in item.writes),
+            cost_ns=profile.cost_ns[i],
+            workspace_bytes=profile.workspace_bytes[i],
+            repeatable=item.repeatable,
+            instead_of=None if program else _stands_for(graph, instructions, item),
+            kind=_KINDS.get(item.kind, Kind.COMPUTE),
+        )
+
+    ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
+    turn = instructions.turn
+    tangents = sum(sizes[s] for s in instructions.items[turn].writes)
+    ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
+    end = instructions.program[-1]
+    ops[end] = _with_workspace(ops[end], gradient_copies_bytes(graph))
+    outputs = {s for n in graph.forward_outputs for s in graph.storages_of[n]}
+    results = outputs.union(*(graph.storages_of[n] for n in graph.gradients if n is not None))
+    problem = Problem(
+        name=graph.name,
+        ops=tuple(ops),
+        program=instructions.program,
+        turn=turn,
+        value_bytes=tuple(sizes[s] for s in values),
+        value_names=tuple(names[s] for s in values),
+        keep=frozenset(index[s] for s in results if s in index),
+        fixed_bytes=graph.fixed_bytes + resident_bytes,
+        budget_bytes=budget_bytes,
+    )
+    problem.verify()
+    return problem
+
+
+def values_of(graph: Graph, instructions: Instructions) -> tuple[int, ...]:
+    """Return the storages that are values of the Problem, in its order: all but the fixed ones."""
+    written = {s for item in instructions.items for s in item.writes}
+    planned = [s.id for s in graph.storages if not s.kind.fixed and s.id in written]
+    return (*planned, *(e.id for e in instructions.encoded))
+
+
+def outputs_bytes(graph: Graph) -> int:
+    """Return the bytes of the tensors that the model returns."""
+    storages = {s for n in graph.forward_outputs for s in graph.storages_of[n]}
+    return sum(graph.storages[s].nbytes for s in storages)
+
+
+def gradient_copies_bytes(graph: Graph) -> int:
+    """Return the bytes of gradients that autograd copies instead of keeping when it fills `.grad`.
+
+    It keeps a gradient whose strides are the parameter's and that nobody else holds, and clones any other.
+    """
+    seen: set[str] = set()
+    total = 0
+    nodes = graph.nodes
+    for primal, name in zip(graph.primals, graph.gradients, strict=True):
+        if name is None:
+            continue
+        grad, param = nodes[name].meta["val"], nodes[primal.node].meta["val"]
+        shared = name in seen or any(graph.storages[s].kind is not StorageKind.GRADIENT for s in graph.storages_of[name])
+        seen.add(name)
+        if shared or grad.stride() != param.stride():
+            total += grad.numel() * grad.element_size()
+    return total
+
+
+def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> int | None:
+    if item.op is None:
+        return None
+    # Program position of a graph op: the turn stands between forward and backward ops.
+    return item.op if item.op < instructions.turn else item.op + 1
+
+
+def _with_workspace(op: Op, workspace_bytes: int) -> Op:
+    return Op(op.name, op.reads, op.writes, op.cost_ns, workspace_bytes, op.repeatable, op.instead_of, op.kind)

@@ -1,0 +1,244 @@
+"""measure: the peak and the time of one training step, by the same meter for every method compared."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphplan.capture import Capture
+from graphplan.errors import GraphplanError
+from graphplan.meter import Meter, Reading, peak_of
+from graphplan.tree import Template
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One training step, warm. `peak_bytes` = `resident_bytes` + what the step allocates at its worst moment.
+
+    Resident are the module's parameters and buffers and the example inputs and targets, each storage once.
+    `rss_peak_bytes` is the process's high-water mark so far: shown beside, never instead (None where unknown).
+    `timeline` is (ns, bytes in use) over the measured step; empty on CUDA.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    step_ns: int
+    step_ns_runs: tuple[int, ...]
+    rss_peak_bytes: int | None
+    timeline: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        """Return the figures on one line."""
+        from graphplan.units import format_bytes, format_ns
+
+        return f"peak {format_bytes(self.peak_bytes)} ({self.peak_bytes} bytes), step {format_ns(self.step_ns)}"
+
+
+def measure(
+    module: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    loss_fn: Callable[..., Tensor] | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    example_targets: Any = None,
+    runs: int = 5,
+) -> Measurement:
+    """Measure training steps of any module: two to warm up (planning included), one metered, `runs` timed.
+
+    A step is forward, `loss_fn(outputs)` (or `loss_fn(outputs, example_targets)`; without `loss_fn`, the sum of
+    all floating outputs), backward; gradients are None when it begins and the caller holds outputs and loss to
+    its end. Gradients, buffers and the RNG stream are put back afterwards.
+    """
+    kwargs = dict(example_kwargs or {})
+    loss_of = with_targets(loss_fn or default_loss, example_targets)
+
+    def step() -> Any:
+        outputs = module(*example_inputs, **kwargs)
+        loss = loss_of(outputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return outputs, loss
+
+    device = _device_of(module, (example_inputs, kwargs))
+    with preserved(module, (example_inputs, kwargs), device):
+        reading = _warm_reading(module, step, device)
+        times = [_timed(module, step, device) for _ in range(runs)]
+    resident = resident_bytes(module, example_inputs, kwargs, example_targets)
+    timeline = tuple((t, resident + level) for t, level in reading.timeline)
+    return Measurement(
+        resident + reading.peak_bytes, resident, int(statistics.median(times)), tuple(times), _rss_peak(), timeline
+    )
+
+
+def resident_bytes(module: nn.Module, *structures: Any) -> int:
+    """Return the bytes of the module's parameters and buffers and of all tensors in `structures`, counted once."""
+    return tensors_bytes([*module.parameters(), *module.buffers()], *structures)
+
+
+def tensors_bytes(*structures: Any) -> int:
+    """Return the bytes of all tensors in `structures`, each storage counted once."""
+    storages = (t.untyped_storage() for s in structures for t in Template.of(s)[1])
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LossMemory:
+    """What the caller's loss holds beside the model's outputs: at most, and still while the model's backward runs."""
+
+    peak_bytes: int
+    held_bytes: int
+
+
+# Without a loss function to measure: the loss itself, its gradient, and a few scalars between them.
+SCALARS_BYTES = 64
+_MARKER_BYTES = 4099
+
+
+def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any) -> LossMemory:
+    """Run `loss_fn` forward and backward on made-up outputs and return its LossMemory.
+
+    `peak_bytes` includes the gradients that it hands back, `held_bytes` does not.
+
+    Raises:
+        GraphplanError: the loss fails on outputs of the captured shapes; its own error is the cause.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        made = _made_outputs(captured)
+        device = made[0].device if made else torch.device("cpu")
+
+        def run() -> Any:
+            outputs = captured.outputs.fill(_Marked.apply(*made))  # type: ignore[no-untyped-call]
+            loss = with_targets(loss_fn, targets)(outputs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return outputs, loss
+
+        try:
+            run()
+            reading = peak_of(run, device)
+        except Exception as e:
+            raise GraphplanError(
+                f"loss_fn fails on outputs of the captured shapes ({type(e).__name__}: {e}); it is called as "
+                f"loss_fn(outputs{', example_targets' if targets is not None else ''}) and must return a scalar"
+            ) from e
+    handed_back = sum(t.numel() * t.element_size() for t in made if t.requires_grad)
+    return _read_loss(reading, handed_back)
+
+
+class _Marked(torch.autograd.Function):
+    """Stands where the model's backward will: allocates a marker when the loss's gradients arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.mark_non_differentiable(*(t for t in tensors if not t.requires_grad))
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        torch.empty(_MARKER_BYTES, dtype=torch.uint8)
+        return (None,) * len(gradients)
+
+
+def _read_loss(reading: Reading, handed_back: int) -> LossMemory:
+    level = peak = 0
+    for _, after in reading.timeline:
+        if after - level == _MARKER_BYTES:
+            return LossMemory(max(peak, handed_back), max(0, level - handed_back))
+        level, peak = after, max(peak, after)
+    return LossMemory(reading.peak_bytes, SCALARS_BYTES)
+
+
+def _made_outputs(captured: Capture) -> list[Tensor]:
+    graph = captured.graph
+    nodes = graph.nodes
+    made = []
+    for o in graph.outputs:
+        name = graph.forward_outputs[o.index] if o.source == "forward" else graph.primals[o.index].node
+        like = nodes[name].meta["val"]
+        size, stride = (o.view[0], o.view[1]) if o.view else (like.shape, like.stride())
+        t = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
+        t = t.uniform_(0.1, 0.9) if like.dtype.is_floating_point else t.zero_()
+        made.append(t.requires_grad_(like.dtype.is_floating_point))
+    return made
+
+
+def with_targets(loss_fn: Callable[..., Tensor], targets: Any) -> Callable[[Any], Tensor]:
+    """Return `loss_fn` as a function of the outputs alone."""
+    return loss_fn if targets is None else (lambda outputs: loss_fn(outputs, targets))
+
+
+def default_loss(outputs: Any) -> Tensor:
+    """Return the sum of all floating outputs that require grad."""
+    parts = [t.sum() for t in Template.of(outputs)[1] if t.requires_grad]
+    if not parts:
+        raise GraphplanError("no output requires grad: pass loss_fn, or train something")
+    return torch.stack([p.double() for p in parts]).sum() if len(parts) > 1 else parts[0]
+
+
+@contextlib.contextmanager
+def preserved(module: nn.Module, structures: Any, device: torch.device) -> Iterator[None]:
+    """Put gradients, buffers and RNG streams back on leaving."""
+    tensors = [*module.parameters(), *Template.of(structures)[1]]
+    gradients = [(t, t.grad) for t in tensors if t.is_leaf]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    for t, _ in gradients:
+        t.grad = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for t, g in gradients:
+                t.grad = g
+            with torch.no_grad():
+                for b, old in buffers:
+                    b.copy_(old)
+
+
+def _warm_reading(module: nn.Module, step: Callable[[], Any], device: torch.device) -> Reading:
+    for _ in range(2):
+        held = step()
+        _drop_gradients(module)
+        del held
+    gc.collect()
+    with Meter(device) as meter:
+        with meter.region():
+            held = step()
+        del held
+    _drop_gradients(module)
+    return meter.readings[0]
+
+
+def _timed(module: nn.Module, step: Callable[[], Any], device: torch.device) -> int:
+    sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    sync()
+    start = time.perf_counter_ns()
+    held = step()
+    sync()
+    elapsed = time.perf_counter_ns() - start
+    del held
+    _drop_gradients(module)
+    return elapsed
+
+
+def _drop_gradients(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.grad = None
+
+
+def _device_of(module: nn.Module, structures: Any) -> torch.device:
+    tensors: Iterable[Tensor] = (*module.parameters(), *Template.of(structures)[1])
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _rss_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

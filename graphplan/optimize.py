@@ -1,0 +1,161 @@
+"""The pipeline: capture, profile, lower, solve, lift, rewrite. `optimize` and `apply` are its two doors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+import solvers
+from graphplan.capture import Capture, capture
+from graphplan.codecs import choose_codecs
+from graphplan.device import Device
+from graphplan.errors import GraphplanError, PlanMismatch
+from graphplan.instructions import Codec, instructions_of
+from graphplan.lift import Prepared, infeasible, lift, schedule_of
+from graphplan.lower import lower, outputs_bytes
+from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
+from graphplan.plan import Plan
+from graphplan.profile import profile
+from graphplan.progress import Report, quiet
+from graphplan.rewrite import rewrite
+from graphplan.runtime import Step
+from graphplan.units import check_budget, parse_budget
+from solvers import Limits, simulate
+
+LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for; checked by `make_options`."""
+
+    budget: int | str
+    codecs: tuple[Codec, ...]
+    solver: str
+    time_limit: float
+    device: Device | None
+    loss_fn: Callable[..., Tensor] | None
+    example_targets: Any
+    report: Report = quiet
+
+    @property
+    def codec_names(self) -> tuple[str, ...]:
+        """Names of the codecs, as a Plan stores them."""
+        return tuple(c.name for c in self.codecs)
+
+
+def make_options(
+    budget: int | str,
+    codecs: str | Iterable[str] = "exact",
+    gradient_noise: float = 0.1,
+    solver: str = "auto",
+    time_limit: float = 30.0,
+    device: Device | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    report: Report = quiet,
+) -> Options:
+    """Check what can be checked before the model is seen, and return it as Options.
+
+    Raises:
+        BudgetError, UnknownCodec, GraphplanError: what was wrong and what would work.
+    """
+    check_budget(budget)
+    if solver not in solvers.SOLVERS:
+        raise GraphplanError(f"no solver {solver!r}; choose from {', '.join(solvers.SOLVERS)}")
+    if not time_limit > 0:
+        raise GraphplanError(f"time_limit {time_limit!r} must be a positive number of seconds")
+    if not 0 <= gradient_noise <= 1:
+        raise GraphplanError(f"gradient_noise {gradient_noise!r} must be between 0 and 1")
+    if device is not None and not isinstance(device, Device):
+        raise GraphplanError(f"device must be a graphplan.Device, got {type(device).__name__}")
+    chosen = choose_codecs(codecs)
+    return Options(budget, chosen, solver, float(time_limit), device, loss_fn, example_targets, report)
+
+
+def prepare(captured: Capture, options: Options, device: Device, *, run: bool = True) -> Prepared:
+    """Profile a captured graph and state its Problem under the budget.
+
+    Raises:
+        BudgetError: the budget is malformed.
+    """
+    graph = captured.graph
+    instructions = instructions_of(graph, options.codecs)
+    costs = profile(graph, instructions, device, run=run, progress=options.report)
+    outside = LossMemory(3 * outputs_bytes(graph), SCALARS_BYTES)
+    if options.loss_fn is not None:
+        outside = loss_memory(captured, options.loss_fn, options.example_targets)
+    targets = tensors_bytes(options.example_targets)
+    problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
+    baseline = simulate(problem, problem.program).peak_bytes
+    problem = problem.with_budget(parse_budget(options.budget, baseline))
+    return Prepared(graph, instructions, costs, device, options.codec_names, outside.peak_bytes, problem, baseline)
+
+
+def make_plan(prepared: Prepared, options: Options) -> Plan:
+    """Solve, and return the Plan.
+
+    Raises:
+        InfeasibleBudget: nothing fits; the error says what would.
+    """
+    limits = Limits(seconds=options.time_limit, progress=None)
+    options.report("solving", 0, 1)
+    least = solvers.least_peak(prepared.problem, replace(limits, seconds=LEAST_PEAK_SHARE * limits.seconds))
+    solution = solvers.solve(prepared.problem, options.solver, limits)
+    options.report("solving", 1, 1)
+    assert least.least_peak_bytes is not None
+    if solution.schedule is None:
+        raise infeasible(prepared, least.least_peak_bytes)
+    return lift(prepared, solution, least.least_peak_bytes)
+
+
+def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
+    """Rewrite the captured graph by `plan`, after checking that it is this graph's and fits.
+
+    Raises:
+        PlanMismatch: another graph, an unknown op, an order that cannot run, or a peak above the budget.
+    """
+    schedule = schedule_of(prepared, plan.steps)
+    try:
+        usage = simulate(prepared.problem, schedule)
+    except solvers.InvalidSchedule as e:
+        raise PlanMismatch(f"the plan cannot run on graph {captured.graph.name}: {e}") from e
+    if usage.peak_bytes > plan.budget_bytes:
+        raise PlanMismatch(f"the plan needs {usage.peak_bytes} bytes here; its budget is {plan.budget_bytes}")
+    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
+
+
+def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
+    """Return `plan`'s decisions for a graph of the same ops at other sizes, or None if they do not fit there."""
+    try:
+        schedule = schedule_of(prepared, plan.steps)
+        usage = simulate(prepared.problem, schedule)
+    except (PlanMismatch, solvers.InvalidSchedule):
+        return None
+    if usage.peak_bytes > prepared.problem.budget_bytes:
+        return None
+    solution = solvers.Solution(
+        solvers.Status.FEASIBLE, schedule, prepared.problem.program_cost_ns(), "any plan", f"{plan.solver} (carried)"
+    )
+    return lift(prepared, solution, plan.minimum_peak_bytes)
+
+
+def plan_model(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options
+) -> tuple[Capture, Prepared, Plan]:
+    """Capture, profile and plan `model` without building the program: what the CLI and tools want."""
+    options.report("capture", 0, 1)
+    captured = capture(model, args, kwargs)
+    options.report("capture", 1, 1)
+    device = options.device or Device.this(device_of(model, captured))
+    prepared = prepare(captured, options, device, run=options.device is None)
+    return captured, prepared, make_plan(prepared, options)
+
+
+def device_of(model: nn.Module, captured: Capture) -> Any:
+    """Return the torch device of the model's tensors."""
+    first = next(iter(captured.graph.module.graph.find_nodes(op="placeholder")), None)
+    return first.meta["val"].device if first is not None else next(model.parameters()).device

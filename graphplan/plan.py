@@ -1,0 +1,174 @@
+"""Plan: a schedule bound to a named graph, a device and a budget. Versioned JSON, checked on load; never a pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from graphplan.errors import PlanFormatError
+from graphplan.units import format_bytes, format_ns
+
+FORMAT = "graphplan-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The fate of one activation: "keep", "recompute" or "compress" (then `codec` and `encoded_bytes`)."""
+
+    fate: str
+    nbytes: int
+    codec: str | None = None
+    encoded_bytes: int = 0
+
+    def __str__(self) -> str:
+        """Return e.g. "compress 4.0 MiB -> 512.0 KiB (bitmask)"."""
+        if self.codec is None:
+            return f"{self.fate} {format_bytes(self.nbytes)}"
+        return f"{self.fate} {format_bytes(self.nbytes)} -> {format_bytes(self.encoded_bytes)} ({self.codec})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a planned step does and promises. All bytes are of the whole step as `graphplan.measure` reads it.
+
+    The figures hold for a step that begins with every `p.grad` None (`zero_grad()`'s default); gradients that
+    already exist cost their own bytes beside it. `overhead` is extra time over running every op once, as a
+    fraction; `lower_bound_ns` bounds `cost_ns` over every plan of class `bound_class`; `gap` is
+    (cost - bound) / cost.
+    """
+
+    model: str
+    fingerprint: str
+    steps: tuple[str, ...]
+    decisions: dict[str, Decision]
+    budget_bytes: int
+    peak_bytes: int
+    baseline_peak_bytes: int
+    minimum_peak_bytes: int
+    fixed_bytes: int
+    outside_bytes: int
+    cost_ns: int
+    baseline_cost_ns: int
+    lower_bound_ns: int
+    bound_class: str
+    status: str
+    solver: str
+    codecs: tuple[str, ...]
+    peak_step: str
+    peak_live: tuple[tuple[str, int], ...]
+    minimum_reason: str
+    device: str
+    torch_version: str
+    measured: bool
+
+    @property
+    def overhead(self) -> float:
+        """Extra predicted time over running every op once, as a fraction of it."""
+        return (self.cost_ns - self.baseline_cost_ns) / max(1, self.baseline_cost_ns)
+
+    @property
+    def gap(self) -> float:
+        """How far `cost_ns` may be above the best plan of class `bound_class`, as a fraction of `cost_ns`."""
+        return max(0, self.cost_ns - self.lower_bound_ns) / max(1, self.cost_ns)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Return (how many, bytes) of the activations of each fate."""
+        out = {"keep": (0, 0), "recompute": (0, 0), "compress": (0, 0)}
+        for d in self.decisions.values():
+            n, total = out[d.fate]
+            out[d.fate] = (n + 1, total + d.nbytes)
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; a reader sees the old file or the whole new one."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".tmp")
+        scratch.write_text(self.to_json())
+        scratch.replace(target)
+
+    def to_json(self) -> str:
+        """Return the JSON text that `save` writes."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(data, indent=1) + "\n"
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanFormatError: truncated or not JSON, another format or version, a missing, unknown or wrong field.
+        """
+        try:
+            return Plan.from_json(Path(path).read_text())
+        except PlanFormatError as e:
+            raise PlanFormatError(f"{path}: {e}") from e
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan from JSON text; raises PlanFormatError as `load` does."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise PlanFormatError(f"not JSON (truncated?): {e}") from e
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise PlanFormatError(f"not a plan: expected format {FORMAT!r}")
+        version = data.pop("version", None)
+        if version != VERSION:
+            raise PlanFormatError(f"plan version {version!r}; this graphplan reads version {VERSION}")
+        names = {f.name for f in fields(Plan)}
+        if names != data.keys():
+            missing, extra = sorted(names - data.keys()), sorted(data.keys() - names)
+            raise PlanFormatError(f"missing fields {missing}" if missing else f"unknown fields {extra}")
+        return _checked(data)
+
+    def diff(self, other: Plan) -> str:
+        """Return what `other` does differently: figures, then activations whose fate changed."""
+        lines = [f"# plan diff: {self.model}, {format_bytes(self.budget_bytes)} -> {format_bytes(other.budget_bytes)}"]
+        if self.fingerprint != other.fingerprint:
+            lines.append(f"different graphs: {self.fingerprint} and {other.fingerprint}")
+        lines.append(f"peak      {format_bytes(self.peak_bytes)} -> {format_bytes(other.peak_bytes)}")
+        lines.append(f"overhead  {self.overhead:.2%} -> {other.overhead:.2%}")
+        for name in sorted(self.decisions.keys() | other.decisions.keys()):
+            a, b = self.decisions.get(name), other.decisions.get(name)
+            if a != b:
+                lines.append(f"{name}: {a or 'absent'} -> {b or 'absent'}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """Return the plan as text: first who made it and what it promises, then every decision."""
+        head = (
+            f"# plan: {self.model}, {self.solver}, {self.status}; budget {format_bytes(self.budget_bytes)}, "
+            f"peak {format_bytes(self.peak_bytes)}, +{self.overhead:.2%} time, gap {self.gap:.2%} ({self.bound_class})"
+        )
+        unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"
+        lines = [head, f"{unplanned}; least feasible {format_bytes(self.minimum_peak_bytes)} ({self.minimum_reason})"]
+        lines.append("p.grad is None when the step begins; " + f"{format_bytes(self.outside_bytes)} reserved for the loss")
+        for fate, (n, total) in self.counts().items():
+            lines.append(f"{fate:<10} {n:>5} activations {format_bytes(total):>12}")
+        lines.append(f"at the peak, step {self.peak_step!r}:")
+        lines.extend(f"  {format_bytes(n):>12}  {name}" for name, n in self.peak_live)
+        lines.extend(f"{name}: {d}" for name, d in self.decisions.items() if d.fate != "keep")
+        return "\n".join(lines)
+
+
+def _checked(data: dict[str, Any]) -> Plan:
+    """Build the Plan from parsed JSON, refusing a field of another type."""
+    try:
+        decisions = {str(k): Decision(**v) for k, v in data["decisions"].items()}
+        live = tuple((str(name), int(n)) for name, n in data["peak_live"])
+    except (AttributeError, TypeError, ValueError) as e:
+        raise PlanFormatError(f"decisions or peak_live is malformed: {e}") from e
+    for f in fields(Plan):
+        value, wanted = data[f.name], {"int": int, "str": str, "bool": bool}.get(str(f.type))
+        if wanted is not None and type(value) is not wanted:
+            raise PlanFormatError(f"field {f.name!r} is {value!r}, expected {f.type}")
+    for name in ("steps", "codecs"):
+        if not isinstance(data[name], list) or not all(isinstance(s, str) for s in data[name]):
+            raise PlanFormatError(f"field {name!r} is not a list of names")
+    if any(d.fate not in ("keep", "recompute", "compress") for d in decisions.values()):
+        raise PlanFormatError("a decision has an unknown fate")
+    lists = {"steps": tuple(data["steps"]), "codecs": tuple(data["codecs"])}
+    return Plan(**{**data, **lists, "decisions": decisions, "peak_live": live})

@@ -1,0 +1,242 @@
+"""PlannedModule: the model with the same parameters, signature and outputs, training inside a budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphplan.capture import call_key, capture, flatten_call
+from graphplan.device import Device
+from graphplan.errors import GraphplanError, PlanMismatch
+from graphplan.lift import Prepared
+from graphplan.optimize import Options, carry, device_of, make_options, make_plan, make_step, prepare
+from graphplan.plan import Plan
+from graphplan.progress import bars
+from graphplan.runtime import Step
+
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One plan and the program that runs it."""
+
+    prepared: Prepared
+    plan: Plan
+    step: Step
+
+
+class PlannedModule(nn.Module):
+    """What `optimize` returns. Training calls run the plan; evaluation and `no_grad` run the plain model.
+
+    Parameters, buffers and submodules are the model's own, under the same names. One plan is kept for each
+    combination of input shapes, dtypes, structure and training modes.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, given: Plan | None = None) -> None:
+        """Wrap `model`; `given` is a plan made elsewhere, used for the graph with its fingerprint."""
+        super().__init__()
+        self.__dict__.update({name: getattr(model, name) for name in _SHARED})
+        self.__dict__["_model"] = model
+        self.training = model.training
+        self._options = options
+        self._given = given
+        self._device: Device | None = options.device
+        self._entries: dict[Hashable, Entry] = {}
+        self._latest: Entry | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model: planned while training with gradients, plain otherwise."""
+        model = self._model
+        if not (self.training and torch.is_grad_enabled()):
+            return model(*args, **kwargs)
+        template, tensors = flatten_call(args, kwargs)
+        key = (call_key(template, tensors), self._state_key())
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._make_entry(args, kwargs)
+        self._latest = entry
+        return entry.step.run(model, tensors)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Plan:
+        """Plan for these example inputs now, without running the model; return the plan."""
+        if not self.training:
+            raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
+        template, tensors = flatten_call(args, kwargs)
+        key = (call_key(template, tensors), self._state_key())
+        if key not in self._entries:
+            with torch.enable_grad():
+                self._entries[key] = self._make_entry(args, kwargs)
+        self._latest = self._entries[key]
+        return self._latest.plan
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the latest training call (or of the example inputs)."""
+        return self.entry().plan
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The rewritten joint graph, to read: forward, then backward."""
+        return self.entry().step.rewritten.joint
+
+    @property
+    def forward_module(self) -> fx.GraphModule:
+        """The forward half as it runs; its `forward` takes one list and empties it."""
+        return self.entry().step.rewritten.forward
+
+    @property
+    def backward_module(self) -> fx.GraphModule:
+        """The backward half as it runs; its `forward` takes one list and empties it."""
+        return self.entry().step.rewritten.backward
+
+    @property
+    def device_profile(self) -> Device:
+        """What was measured of this machine so far; save it to plan for this machine elsewhere."""
+        if self._device is None:
+            raise GraphplanError("nothing is profiled yet: call the model on a training batch first")
+        return self._device
+
+    def train(self, mode: bool = True) -> PlannedModule:
+        """Set training mode here and on the model."""
+        super().train(mode)
+        self._model.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's own state dict."""
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load into the model."""
+        return self._model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall back to the model's own attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_model" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_model"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedModule:
+        """Copy the model; share the plans, which hold no parameter."""
+        new = PlannedModule(copy.deepcopy(self._model, memo), self._options, self._given)
+        new._device, new._latest = self._device, self._latest
+        new._entries = dict(self._entries)
+        memo[id(self)] = new
+        return new
+
+    def entry(self) -> Entry:
+        """Return the latest plan with what it was made from and the program that runs it."""
+        if self._latest is None:
+            raise GraphplanError("no plan yet: pass example_inputs to optimize, or call the model on a training batch")
+        return self._latest
+
+    def _state_key(self) -> Hashable:
+        """Return what of the model's state a captured graph depends on."""
+        parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in self.parameters())
+        autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+        return (parameters, tuple(m.training for m in self.modules()), autocast)
+
+    def _make_entry(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
+        with bars() as report:
+            captured = capture(self._model, args, kwargs)
+            device = self._device or Device.this(device_of(self._model, captured))
+            options = replace(self._options, report=report)
+            prepared = prepare(captured, options, device, run=options.device is None)
+            self._device = device
+            plan = None
+            if self._given is not None and self._given.fingerprint == prepared.graph.fingerprint:
+                plan = self._given
+            known = self._latest.plan if self._latest is not None else self._given
+            if plan is None and known is not None:
+                plan = carry(known, prepared, options)
+            if plan is None:
+                plan = make_plan(prepared, options)
+            return Entry(prepared, plan, make_step(captured, prepared, plan))
+
+
+def optimize(
+    model: nn.Module,
+    budget: int | str,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    codecs: str | Iterable[str] = "exact",
+    gradient_noise: float = 0.1,
+    solver: str = "auto",
+    time_limit: float = 30.0,
+    device: Device | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+) -> PlannedModule:
+    """Return `model` rewritten to train within `budget` bytes of tensor memory a step.
+
+    Args:
+        model: any module that autograd can train; it is not edited, its parameters are shared.
+        budget: bytes, or text such as "512MiB", "1.5GB", "60%" (of the unplanned step's peak). It covers
+            parameters, buffers, inputs, gradients, activations, every op's workspace and the caller's loss.
+        example_inputs: one training batch, as a tuple; None: plan at the first training call.
+        example_kwargs: keyword arguments that go with `example_inputs`.
+        codecs: "none", "exact" (bit-identical gradients), or names from `graphplan.CODECS`.
+        gradient_noise: the cap on added gradient noise; only lossy codecs use it.
+        solver: a name from `solvers.SOLVERS`.
+        time_limit: seconds for solving.
+        device: a saved Device to plan for; None measures this machine.
+        loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
+            times the outputs' bytes are.
+        example_targets: second argument of `loss_fn`, if it takes one.
+
+    Raises:
+        BudgetError: the budget cannot be read.
+        InfeasibleBudget: no plan fits; `.minimum_bytes` would.
+        UnsupportedModel, CaptureError: the model cannot be trained or captured; the message says where.
+    """
+    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets)
+    planned = PlannedModule(model, options)
+    if example_inputs is not None or example_kwargs is not None:
+        planned.prepare(*_as_tuple(example_inputs), **dict(example_kwargs or {}))
+    return planned
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+) -> PlannedModule:
+    """Return `model` executing a plan that was made elsewhere for the same graph: no solving here.
+
+    Raises:
+        PlanMismatch: the plan is for another graph, names an op that this one lacks, or does not fit its own
+            budget with this machine's workspaces.
+    """
+    if not isinstance(plan, Plan):
+        raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
+    options = make_options(plan.budget_bytes, plan.codecs or "none", loss_fn=loss_fn, example_targets=example_targets)
+    planned = PlannedModule(model, options, plan)
+    captured = capture(model, _as_tuple(example_inputs), example_kwargs)
+    if captured.graph.fingerprint != plan.fingerprint:
+        made = "" if plan.torch_version == torch.__version__ else f" with torch {plan.torch_version}"
+        raise PlanMismatch(
+            f"the plan is for {plan.model}, graph {plan.fingerprint}, made{made}; this is {captured.graph.name}, graph "
+            f"{captured.graph.fingerprint} (torch {torch.__version__}): same model code, shapes and torch are needed"
+        )
+    planned.prepare(*_as_tuple(example_inputs), **dict(example_kwargs or {}))
+    return planned
+
+
+def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    return tuple(example_inputs)

@@ -1,0 +1,190 @@
+"""profile: run each distinct instruction alone, warm, and read its time and scratch memory.
+
+Instructions run on made-up tensors of the captured shapes, one at a time, so profiling never needs more memory
+than the largest single op, and never touches the user's tensors, buffers, gradients or RNG stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphplan.device import Device, Sample, sample_key
+from graphplan.graph import Graph
+from graphplan.instructions import Instruction, Instructions
+from graphplan.meter import Meter
+
+MIN_RUNS = 3
+MAX_RUNS = 15
+ENOUGH_NS = 2_000_000  # more runs than MIN_RUNS only while they are cheap
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`cost_ns[i]` and `workspace_bytes[i]` belong to instruction i; `measured` is False where any was estimated."""
+
+    cost_ns: tuple[int, ...]
+    workspace_bytes: tuple[int, ...]
+    measured: bool
+
+
+def profile(
+    graph: Graph, instructions: Instructions, device: Device, *, run: bool = True, progress: Progress | None = None
+) -> Profile:
+    """Return the Profile of `instructions`, measuring on this machine what `device` does not hold yet.
+
+    With `run=False` nothing is executed: `device` describes another machine and missing samples are estimated.
+    """
+    probes = [_probe(graph, instructions, item) for item in instructions.items]
+    missing = {p.key: p for p in probes if p is not None and p.key not in device.samples}
+    if run and missing:
+        device.samples.update(_measure(list(missing.values()), graph, progress))
+    samples = [
+        None if p is None else device.samples.get(p.key) or device.estimate(p.target, p.touched_bytes) for p in probes
+    ]
+    known = all(p is None or p.key in device.samples for p in probes)
+    return Profile(
+        tuple(s.cost_ns if s else 0 for s in samples), tuple(s.workspace_bytes if s else 0 for s in samples), known
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One instruction as a small graph of its own."""
+
+    module: fx.GraphModule
+    inputs: tuple[Tensor, ...]  # fake or meta tensors that say the shapes
+    written_bytes: int
+    target: str
+    key: str
+
+    @property
+    def touched_bytes(self) -> int:
+        return self.written_bytes + sum(t.numel() * t.element_size() for t in self.inputs)
+
+
+class _Isolated:
+    """An Emitter that makes every value that is loaded an input, and every value that is stored an output."""
+
+    def __init__(self, instructions: Instructions) -> None:
+        self.graph = fx.Graph()
+        self.encoded = {e.id: e for e in instructions.encoded}
+        self.inputs: dict[Any, tuple[fx.Node, Tensor]] = {}
+        self.outputs: list[fx.Node] = []
+
+    def load(self, node: fx.Node) -> fx.Node:
+        return self._input(node, node.meta["val"])
+
+    def load_encoded(self, storage: int) -> fx.Node:
+        return self._input(storage, self.encoded[storage].like)
+
+    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def copy(self, node: fx.Node, name: str) -> fx.Node:
+        return self.graph.node_copy(node, self.load)
+
+    def store(self, node: fx.Node, value: fx.Node) -> None:
+        self.outputs.append(value)
+
+    def store_encoded(self, storage: int, value: fx.Node) -> None:
+        self.outputs.append(value)
+
+    def _input(self, key: Any, val: Tensor) -> fx.Node:
+        if key not in self.inputs:
+            # Placeholders must stand first: made here, moved by `_probe`.
+            self.inputs[key] = (self.graph.placeholder(f"x{len(self.inputs)}"), val)
+        return self.inputs[key][0]
+
+
+def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe | None:
+    if item.kind in ("turn", "end"):
+        return None
+    out = _Isolated(instructions)
+    item.emit(out)
+    first = next(iter(out.graph.nodes))
+    for node in reversed([n for n, _ in out.inputs.values()]):
+        if node is not first:
+            first.prepend(node)
+            first = node
+    out.graph.output(tuple(out.outputs))
+    inputs = tuple(t for _, t in out.inputs.values())
+    sizes = {e.id: e.nbytes for e in instructions.encoded}
+    written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
+    body = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in _renamed(out.graph)]
+    shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in inputs]
+    target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
+    device = _device_of(graph)
+    text = f"{body}|{shapes}|{written}|{device.type}"
+    return _Probe(fx.GraphModule({}, out.graph), inputs, written, target, sample_key(text))
+
+
+def _renamed(graph: fx.Graph) -> list[fx.Node]:
+    """Number the nodes, so that equal work has equal text."""
+    nodes = list(graph.nodes)
+    for i, node in enumerate(nodes):
+        if node.op == "call_function":
+            node._rename(f"n{i}")
+    return nodes
+
+
+def _device_of(graph: Graph) -> torch.device:
+    for node in graph.module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) -> dict[str, Sample]:
+    device = _device_of(graph)
+    total = 2 * len(probes)
+    workspace: list[int] = []
+    samples: dict[str, Sample] = {}
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch._C._DisableAutocast():
+        with Meter(device) as meter:
+            for i, probe in enumerate(probes):
+                inputs = [_make(t, device) for t in probe.inputs]
+                with meter.region():
+                    outputs = probe.module(*inputs)
+                del outputs, inputs
+                if progress:
+                    progress("memory of each op", i + 1, total)
+        workspace = [r.peak_bytes for r in meter.readings]
+        for i, probe in enumerate(probes):
+            inputs = [_make(t, device) for t in probe.inputs]
+            cost_ns = _time(probe.module, inputs, device)
+            del inputs
+            scratch = max(0, workspace[i] - probe.written_bytes)
+            samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch)
+            if progress:
+                progress("time of each op", len(probes) + i + 1, total)
+    return samples
+
+
+def _make(like: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere)."""
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return made.fill_(0.5) if like.dtype.is_floating_point else made.zero_()
+
+
+def _time(run: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> int:
+    """Return the median ns of one call, warm."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    run(*inputs)
+    times: list[int] = []
+    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < ENOUGH_NS):
+        sync()
+        start = time.perf_counter_ns()
+        outputs = run(*inputs)
+        sync()
+        times.append(time.perf_counter_ns() - start)
+        del outputs
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,179 @@
+"""rewrite: Graph + steps -> fx GraphModules. One fx node per step; views are evaluated again where they are read."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.graph import _BoxedCodeGen
+
+from graphplan.errors import PlanMismatch
+from graphplan.graph import Graph
+from graphplan.instructions import END, TURN, Instructions
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A planned step: the joint graph to read, and its two halves to run (boxed: they empty their argument list).
+
+    forward: primals -> forward outputs, then what it saves; backward: saved, then tangents -> gradients.
+    """
+
+    joint: fx.GraphModule
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    outputs: int  # how many of the forward half's results are the model's
+
+
+def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str]) -> Rewritten:
+    """Return the program that runs `steps` (names of instructions, in order).
+
+    Raises:
+        PlanMismatch: a step that this graph does not offer, or that reads a value which is not live.
+    """
+    index = instructions.by_name()
+    unknown = next((s for s in steps if s not in index), None)
+    if unknown is not None:
+        raise PlanMismatch(f"the plan names op {unknown!r}, which graph {graph.name} does not have")
+    writer = _Writer(graph)
+    nodes = graph.nodes
+    results: tuple[Any, ...] = ()
+    turn: fx.Node | None = None
+    for step in steps:
+        item = instructions.items[index[step]]
+        writer.begin(item.name)
+        item.emit(writer)
+        if item.name == TURN:
+            results = tuple(writer.load(nodes[n]) for n in graph.forward_outputs)
+            turn = writer.last()
+        elif item.name == END:
+            gradients = tuple(writer.load(nodes[n]) if n is not None else None for n in graph.gradients)
+            writer.graph.output((*results, *gradients))
+    if turn is None or not writer.finished():
+        raise PlanMismatch(f"the plan does not run {TURN!r} and {END!r}")
+    writer.graph.lint()
+    joint = fx.GraphModule(graph.module, writer.graph, f"{graph.name}Step")
+    forward, backward = _halves(graph, joint, turn, len(results))
+    return Rewritten(joint, forward, backward, len(results))
+
+
+class _Writer:
+    """The Emitter that writes the joint graph; `env` is the present copy of each captured node's value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.source = graph
+        self.graph = fx.Graph()
+        self.step = ""
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.views: dict[int, set[fx.Node]] = defaultdict(set)
+        self.encoded: dict[int, fx.Node] = {}
+        self.used: set[str] = set()
+        self.op_names = frozenset(op.name for op in graph.ops)
+        for node in graph.module.graph.find_nodes(op="placeholder"):
+            self.env[node] = self._create("placeholder", node.name, (), {}, node.name, node)
+
+    def begin(self, step: str) -> None:
+        self.step = step
+
+    def finished(self) -> bool:
+        return next(iter(reversed(self.graph.nodes))).op == "output"
+
+    def last(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def load(self, node: fx.Node) -> fx.Node:
+        if node in self.env:
+            return self.env[node]
+        if node.op == "get_attr":
+            self.env[node] = self._create("get_attr", node.target, (), {}, node.name, node)
+            return self.env[node]
+        storages = self.source.storages_of[node.name]
+        if node.name in self.op_names or self._is_item_of_op(node):
+            raise PlanMismatch(f"step {self.step!r} reads {node.name!r}, which is not live there")
+        view = self.copy(node, node.name)
+        self.env[node] = view
+        for s in storages:
+            self.views[s].add(node)
+        return view
+
+    def load_encoded(self, storage: int) -> fx.Node:
+        if storage not in self.encoded:
+            raise PlanMismatch(f"step {self.step!r} reads an encoding that was not made")
+        return self.encoded[storage]
+
+    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
+        return self._create("call_function", target, args, {}, name, None)
+
+    def copy(self, node: fx.Node, name: str) -> fx.Node:
+        args = fx.map_arg(node.args, self.load)
+        kwargs = fx.map_arg(node.kwargs, self.load)
+        return self._create(node.op, node.target, args, kwargs, name, node)  # type: ignore[arg-type]
+
+    def store(self, node: fx.Node, value: fx.Node) -> None:
+        for s in self.source.storages_of[node.name]:
+            for view in self.views.pop(s, set()):
+                self.env.pop(view, None)  # a view of the old copy must be taken again
+        if "val" in node.meta:
+            value.meta.setdefault("val", node.meta["val"])
+        self.env[node] = value
+
+    def store_encoded(self, storage: int, value: fx.Node) -> None:
+        self.encoded[storage] = value
+
+    def _is_item_of_op(self, node: fx.Node) -> bool:
+        parent = node.args[0] if node.target is operator.getitem else None
+        return isinstance(parent, fx.Node) and parent.name in self.op_names
+
+    def _create(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, like: fx.Node | None
+    ) -> fx.Node:
+        shown = f"{name}__recompute" if name in self.used else name
+        self.used.add(name)
+        node = self.graph.create_node(op, target, args, kwargs, shown)
+        if like is not None:
+            node.meta = dict(like.meta)
+        return node
+
+
+def _halves(
+    graph: Graph, joint: fx.GraphModule, turn: fx.Node, outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut the joint graph after `turn`; what the backward reads from before it is saved."""
+    nodes = list(joint.graph.nodes)
+    tangents = {t for t in graph.tangents if t is not None}
+    cut = next(i for i, n in enumerate(nodes) if n is turn or n.name == turn.name) + 1
+    early = [n for n in nodes[:cut] if n.name not in tangents]
+    late = [n for n in nodes[cut:] if n.op not in ("output", "placeholder")]
+    results = joint.graph.output_node().args[0]
+    assert isinstance(results, tuple)
+    wanted = {a for n in late for a in n.all_input_nodes}
+    wanted.update(n for n in results[outputs:] if isinstance(n, fx.Node))
+    saved = [n for n in early if n in wanted and n.op != "get_attr"]
+    constants = [n for n in early if n in wanted and n.op == "get_attr"]
+
+    forward, env = fx.Graph(), {}
+    for node in early:
+        env[node] = forward.node_copy(node, env.__getitem__)
+    forward.output(tuple(env[n] for n in (*results[:outputs], *saved)))
+
+    backward, env = fx.Graph(), {}
+    for node in saved:
+        env[node] = backward.placeholder(f"saved_{node.name}")
+    for node in nodes[:cut]:
+        if node.name in tangents:
+            env[node] = backward.placeholder(node.name)
+    for node in (*constants, *late):
+        env[node] = backward.node_copy(node, env.__getitem__)
+    backward.output(tuple(env[n] if n is not None else None for n in results[outputs:]))
+    return _boxed(joint, forward, "Forward"), _boxed(joint, backward, "Backward")
+
+
+def _boxed(root: fx.GraphModule, graph: fx.Graph, half: str) -> fx.GraphModule:
+    """Return a module whose `forward(args: list)` empties `args`, so that every value is freed at its last use."""
+    graph.set_codegen(_BoxedCodeGen())
+    graph.lint()
+    return fx.GraphModule(root, graph, f"{type(root).__name__}{half}")

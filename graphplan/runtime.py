@@ -1,0 +1,117 @@
+"""Step: one planned training step as autograd sees it: two boxed halves inside one autograd.Function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphplan.build import resolve
+from graphplan.capture import Capture
+from graphplan.errors import BackwardError, PlanMismatch
+from graphplan.graph import Output, Primal
+from graphplan.rewrite import Rewritten
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A rewritten graph and the structures around it: `run` is one call of the planned model."""
+
+    capture: Capture
+    rewritten: Rewritten
+    tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
+
+    @staticmethod
+    def of(capture: Capture, rewritten: Rewritten) -> Step:
+        """Return the step of a capture and its rewrite."""
+        nodes = capture.graph.nodes
+        strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in capture.graph.tangents)
+        return Step(capture, rewritten, tuple(strides))
+
+    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """Return what the model returns for input `tensors`, ready for one backward."""
+        graph = self.capture.graph
+        primals = [_bind(p, model, tensors) for p in graph.primals]
+        fresh = _Planned.apply(self, *primals)  # type: ignore[no-untyped-call]
+        return self.capture.outputs.fill([_output(o, fresh, primals) for o in graph.outputs])
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        with torch._C._DisableAutocast():
+            results = step.rewritten.forward(list(primals))
+        outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
+        del results
+        tangents = step.capture.graph.tangents
+        ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tangents, strict=True) if t is None))
+        ctx.save_for_backward(*saved)
+        ctx.step = step
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise BackwardError(
+                "a planned step has no second derivative: backward(create_graph=True) needs the plain model"
+            )
+        arguments = _take_saved(ctx)
+        for stride, grad in zip(ctx.step.tangent_strides, gradients, strict=True):
+            if stride is not None:
+                arguments.append(_like_traced(grad, stride))
+        with torch._C._DisableAutocast():
+            return (None, *ctx.step.rewritten.backward(arguments))
+
+
+def _take_saved(ctx: Any) -> list[Tensor]:
+    """Return the saved tensors; unless the caller asked to retain the graph, this list alone holds them."""
+    try:
+        saved = list(ctx.saved_tensors)
+    except RuntimeError as e:
+        if "second time" not in str(e):
+            raise
+        raise BackwardError(
+            "backward was called a second time through one planned step: what it had saved is freed. Call the model "
+            "again, or pass retain_graph=True to the first backward (its values then stay, beyond the budget)"
+        ) from e
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.maybe_clear_saved_tensors()
+    return saved
+
+
+def _like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return `grad` with the strides that the backward was traced for."""
+    if all(a == b for a, b, n in zip(grad.stride(), stride, grad.shape, strict=True) if n > 1):
+        return grad
+    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+    if primal.index >= 0:
+        return tensors[primal.index]
+    value = primal.value if primal.value is not None else resolve(model, primal.path)
+    if value is None:
+        raise PlanMismatch(f"the model has no tensor {primal.path!r} any more; it had one when it was captured")
+    return value
+
+
+def _output(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
+    base = fresh[output.index] if output.source == "forward" else primals[output.index]
+    if output.view is None:
+        return base
+    size, stride, offset = output.view
+    if base.is_contiguous() and offset == 0 and _contiguous(size) == stride and base.numel() == math.prod(size):
+        return base.view(size)
+    return base.as_strided(size, stride, base.storage_offset() + offset)
+
+
+def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for s in reversed(size):
+        strides.append(step)
+        step *= s
+    return tuple(reversed(strides))

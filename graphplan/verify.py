@@ -1,0 +1,155 @@
+"""verify: one planned step against the unplanned joint graph (to the bit) and the plain model (within rounding)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphplan.errors import PromiseBroken
+from graphplan.measure import default_loss, measure, preserved, with_targets
+from graphplan.planned import PlannedModule
+from graphplan.rewrite import rewrite
+from graphplan.runtime import Step
+from graphplan.tree import Template
+from graphplan.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise: what was compared, whether it held, and the figure."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` compared; `str()` is a line per promise."""
+
+    checks: tuple[Check, ...]
+    peak_bytes: int
+    predicted_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise held."""
+        return all(c.ok for c in self.checks)
+
+    def __str__(self) -> str:
+        """Return one line per check."""
+        return "\n".join(f"{'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Everything that one training step leaves behind, by name."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    rng: dict[str, Tensor]
+
+
+def verify(
+    planned: PlannedModule,
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+) -> Report:
+    """Check every promise on one training step of these inputs and return the Report.
+
+    Outputs, gradients, buffers and the RNG stream must equal the unplanned joint graph's bit for bit, and the
+    plain model's within rounding; the measured peak must be within the budget and 1 % of the prediction.
+
+    Raises:
+        PromiseBroken: names the first thing that differs, with the figure.
+    """
+    kwargs = dict(example_kwargs or {})
+    loss_of = with_targets(loss_fn or default_loss, example_targets)
+    planned.prepare(*example_inputs, **kwargs)
+    entry = planned.entry()
+    capture, prepared = entry.step.capture, entry.prepared
+    program = [prepared.instructions.items[i].name for i in prepared.instructions.program]
+    unplanned = Step.of(capture, rewrite(capture.graph, prepared.instructions, program))
+    tensors = Template.of((tuple(example_inputs), dict(sorted(kwargs.items()))))[1]
+
+    def outcome(call: Callable[[], Any]) -> _Outcome:
+        with preserved(model, (example_inputs, kwargs), tensors[0].device if tensors else torch.device("cpu")):
+            return _step(model, tensors, call, loss_of)
+
+    plain = outcome(lambda: model(*example_inputs, **kwargs))
+    joint = outcome(lambda: unplanned.run(model, tensors))
+    ours = outcome(lambda: planned(*example_inputs, **kwargs))
+    checks = [
+        *_compare("unplanned graph", joint, ours, exact=True),
+        *_compare("plain model", plain, ours, exact=False),
+    ]
+    loss = loss_fn or default_loss
+    measured = measure(
+        planned, example_inputs, loss, example_kwargs=kwargs, example_targets=example_targets, runs=1
+    ).peak_bytes
+    checks.extend(_peak_checks(measured, entry.plan.budget_bytes, entry.plan.peak_bytes))
+    report = Report(tuple(checks), measured, entry.plan.peak_bytes)
+    if not report.ok:
+        raise PromiseBroken(str(next(c for c in checks if not c.ok)) + "\n" + str(report))
+    return report
+
+
+def _step(model: nn.Module, tensors: Sequence[Tensor], call: Callable[[], Any], loss_of: Callable[[Any], Tensor]) -> Any:
+    outputs = call()
+    loss_of(outputs).backward()  # type: ignore[no-untyped-call]
+    named = dict(model.named_parameters())
+    named.update({f"input {i}": t for i, t in enumerate(tensors) if t.is_leaf and t.requires_grad})
+    return _Outcome(
+        outputs={f"output {i}": t.detach().clone() for i, t in enumerate(Template.of(outputs)[1])},
+        gradients={n: t.grad.clone() for n, t in named.items() if t.grad is not None},
+        buffers={n: b.clone() for n, b in model.named_buffers()},
+        rng={"cpu": torch.get_rng_state()},
+    )
+
+
+def _compare(other: str, expected: _Outcome, got: _Outcome, *, exact: bool) -> Iterator[Check]:
+    for what in ("outputs", "gradients", "buffers", "rng"):
+        a, b = getattr(expected, what), getattr(got, what)
+        wrong = _first_difference(a, b, exact=exact or what == "rng")
+        how = "equal to the bit" if exact or what == "rng" else "equal within rounding"
+        yield Check(f"{what} against the {other}", wrong is None, wrong or f"{len(a)} {how}")
+
+
+def _first_difference(a: dict[str, Tensor], b: dict[str, Tensor], *, exact: bool) -> str | None:
+    if a.keys() != b.keys():
+        return f"{sorted(a.keys() ^ b.keys())[0]!r} is only on one side"
+    for name, x in a.items():
+        y = b[name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"{name!r} is {y.dtype}{tuple(y.shape)}, expected {x.dtype}{tuple(x.shape)}"
+        same = torch.equal(x.nan_to_num(), y.nan_to_num()) and torch.equal(x.isnan(), y.isnan())
+        if same or (not exact and _close(x, y)):
+            continue
+        difference = (x.double() - y.double()).abs().max().item()
+        return f"{name!r} differs by up to {difference:.3g}, where the largest is {x.double().abs().max().item():.3g}"
+    return None
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Within rounding: relative to the tensor's own largest magnitude, since sums are taken in another order."""
+    if not x.is_floating_point():
+        return False
+    eps = torch.finfo(x.dtype).eps
+    scale = x.double().abs().max().item() if x.numel() else 0.0
+    return bool(torch.allclose(x.double(), y.double(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1e-3), equal_nan=True))
+
+
+def _peak_checks(measured: int, budget: int, predicted: int) -> Iterator[Check]:
+    shown = f"measured {format_bytes(measured)} ({measured}), budget {format_bytes(budget)} ({budget})"
+    yield Check("peak within the budget", measured <= budget, shown)
+    ratio = measured / max(1, predicted)
+    yield Check("predicted peak", abs(ratio - 1) <= 0.01, f"measured / predicted {ratio:.4f}")

@@ -1,0 +1,218 @@
+"""The epoch model: which fates satisfy the memory rows at chosen program positions, at least cost (CP-SAT).
+
+Only positions that can bind carry a memory row; between two rows the time of a restore is free, so leaving rows out is
+a relaxation and every bound stays valid. The formulation follows the checkpointing MILP of Jain et al. 2020 (Checkmate)
+restricted to one recompute a value (as Bartan et al. 2023, Moccasin, restrict theirs), aggregated over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from solvers.evaluate import Fates
+from solvers.fates import Fate, Held
+from solvers.problem import ValueId
+from solvers.units import Units
+
+Term = tuple[cp_model.IntVar, int]
+Cut = tuple[tuple[tuple[int, int], ...], int]  # these (unit, fate) pairs together reach these bytes
+
+
+class EpochModel:
+    """`chosen[a][m]`: unit a has fate m. `restored[a, m]`: it is ever restored. `by[a, m][i]`: before row i's op runs.
+
+    `rows` are the positions after the turn that carry a memory row, `forward` those up to the turn.
+    """
+
+    def __init__(
+        self, units: Units, rows: Iterable[int], forward: Iterable[int], budget_bytes: int | None
+    ) -> None:
+        """Build every variable and row; without a budget the peak is minimised instead of the cost."""
+        self.units, self.model = units, cp_model.CpModel()
+        self.rows, self.forward = sorted(rows), sorted(forward)
+        self.never = len(units.problem.program)
+        self.one = self.model.new_constant(1)
+        self.chosen: list[list[cp_model.IntVar]] = []
+        self.restored: dict[tuple[int, int], cp_model.IntVar] = {}
+        self.by: dict[tuple[int, int], list[cp_model.IntVar]] = {}
+        self.readers: dict[ValueId, list[tuple[int, int]]] = {}
+        self.peak: cp_model.IntVar | None = None
+        self._variables()
+        self._availability()
+        self._clashes()
+        self._memory(budget_bytes)
+        if self.peak is None:
+            self.model.minimize(cp_model.LinearExpr.weighted_sum(*self._cost()))
+        else:
+            self.model.minimize(self.peak)
+
+    def _variables(self) -> None:
+        deadline = self._deadlines()
+        for a, unit in enumerate(self.units.units):
+            fates = [self.model.new_bool_var("") for _ in unit.fates] if len(unit.fates) > 1 else [self.one]
+            self.chosen.append(fates)
+            if len(fates) > 1:
+                self.model.add_exactly_one(fates)
+            for m, fate in enumerate(unit.fates):
+                if fate.restore:
+                    self._restore_variables(a, m, fate, deadline[a, m])
+                    for v in fate.parents:
+                        if v in self.units.unit_of:
+                            self.readers.setdefault(v, []).append((a, m))
+
+    def _restore_variables(self, a: int, m: int, fate: Fate, deadline: int) -> None:
+        chosen = self.chosen[a][m]
+        restored = chosen
+        # A unit without a backward read of its own comes back only when a restore asks for it.
+        if fate.first_read == self.never:
+            restored = self.model.new_bool_var("")
+            self.model.add_implication(restored, chosen)
+        count = sum(t < deadline for t in self.rows)
+        by = [self.model.new_bool_var("") for _ in range(count)]
+        for earlier, later in pairwise([*by, restored]):
+            self.model.add_implication(earlier, later)
+        self.restored[a, m], self.by[a, m] = restored, by
+
+    def _deadlines(self) -> dict[tuple[int, int], int]:
+        """The position by which a fate's restore has surely run: its first read, or its readers' last deadline."""
+        deadline: dict[tuple[int, int], int] = {}
+        latest: dict[ValueId, int] = {}
+        for a in reversed(range(len(self.units.units))):
+            for m, fate in enumerate(self.units.units[a].fates):
+                if not fate.restore:
+                    continue
+                asked = max((latest.get(h.value, 0) for h in fate.held if h.dropped), default=0)
+                deadline[a, m] = asked if fate.first_read == self.never else fate.first_read
+                for v in fate.parents:
+                    latest[v] = max(latest.get(v, 0), deadline[a, m])
+        return deadline
+
+    def _by(self, a: int, m: int, i: int) -> cp_model.IntVar:
+        """1 when unit a under fate m is restored before row i's op runs."""
+        by = self.by[a, m]
+        return by[i] if i < len(by) else self.restored[a, m]
+
+    def _available(self, v: ValueId, i: int) -> list[cp_model.IntVar]:
+        """The literals of which one must hold for v to be there at row i (or ever, when i is past the rows)."""
+        a = self.units.unit_of[v]
+        literals = []
+        for m, fate in enumerate(self.units.units[a].fates):
+            if not any(h.dropped for h in fate.held if h.value == v):
+                literals.append(self.chosen[a][m])
+            elif fate.restore:
+                literals.append(self._by(a, m, i) if i >= 0 else self.model.new_constant(0))
+        return literals
+
+    def _availability(self) -> None:
+        """A restore needs what it reads, kept or restored no later than itself."""
+        for (a, m), by in self.by.items():
+            for v in self.units.units[a].fates[m].parents:
+                if v not in self.units.unit_of:
+                    continue
+                for i, literal in enumerate(by):
+                    self.model.add_bool_or([literal.Not(), *self._available(v, i)])
+                self.model.add_bool_or([self.restored[a, m].Not(), *self._available(v, len(by))])
+
+    def _clashes(self) -> None:
+        for group in self.units.clashes:
+            self.model.add_at_most_one(self.chosen[a][m] for a, m in group)
+
+    def _memory(self, budget_bytes: int | None) -> None:
+        """At each row: what is always there, plus what the fates hold, is within the budget (or the peak)."""
+        base = self.units.base_bytes
+        if budget_bytes is None:
+            top = int(base.max()) + sum(self.units.problem.value_bytes)
+            self.peak = self.model.new_int_var(int(base.max()), top, "peak")
+        rows = [(t, -1) for t in self.forward] + [(t, i) for i, t in enumerate(self.rows)]
+        for t, i in rows:
+            terms = [term for a in range(len(self.units.units)) for term in self._held(a, t, i)]
+            variables, sizes = [x for x, _ in terms], [s for _, s in terms]
+            if self.peak is not None:
+                variables, sizes = [*variables, self.peak], [*sizes, -1]
+            limit = (0 if budget_bytes is None else budget_bytes) - int(base[t])
+            self.model.add(cp_model.LinearExpr.weighted_sum(variables, sizes) <= limit)
+
+    def _held(self, a: int, t: int, i: int) -> list[Term]:
+        """What unit a may hold at position t: one term a literal. i = -1: before anything is restored."""
+        terms: list[Term] = []
+        waiting: set[ValueId] = set()
+        for m, fate in enumerate(self.units.units[a].fates):
+            for h in fate.held:
+                if t <= h.last_forward:
+                    continue
+                if t > h.last_backward:
+                    waiting.add(h.value)
+                elif not h.dropped:
+                    terms.append((self.chosen[a][m], h.size_bytes))
+                elif i >= 0 and fate.restore:
+                    terms.append((self._by(a, m, i), h.size_bytes))
+            terms.extend((self.chosen[a][m], more) for position, more in fate.swaps if position == t)
+            terms.extend(self._encoding(a, m, fate, t, i))
+        for h in self.units.units[a].fates[0].held:
+            if h.value in waiting:
+                terms.extend(self._waiting(h, t, i))
+        return terms
+
+    def _encoding(self, a: int, m: int, fate: Fate, t: int, i: int) -> list[Term]:
+        if fate.encode is None or t <= fate.encode_at:
+            return []
+        if t <= fate.encoded_until:
+            return [(self.chosen[a][m], fate.encoded_bytes)]
+        if not fate.decodes:
+            return []
+        held = [(self.restored[a, m], fate.encoded_bytes)]
+        return held if i < 0 else [*held, (self._by(a, m, i), -fate.encoded_bytes)]
+
+    def _waiting(self, h: Held, t: int, i: int) -> list[Term]:
+        """A value past its own last read under some fate is still held while a later restore reads it."""
+        literal: cp_model.IntVar | None = None
+        a = self.units.unit_of[h.value]
+        for c, k in self.readers.get(h.value, ()):
+            if 0 <= i and len(self.by[c, k]) <= i:
+                continue
+            literal = literal if literal is not None else self.model.new_bool_var("")
+            later = [self.restored[c, k].Not()] if i < 0 else [self.restored[c, k].Not(), self.by[c, k][i]]
+            for m, fate in enumerate(self.units.units[a].fates):
+                held = next(x for x in fate.held if x.value == h.value)
+                if t <= held.last_backward or (held.dropped and (i < 0 or not fate.restore)):
+                    continue
+                there = self._by(a, m, i) if held.dropped else self.chosen[a][m]
+                self.model.add_bool_or([literal, there.Not(), *later])
+        return [] if literal is None else [(literal, h.size_bytes)]
+
+    def _cost(self) -> tuple[list[cp_model.IntVar], list[int]]:
+        variables, costs = [self.one], [self.units.problem.program_cost_ns()]
+        for a, unit in enumerate(self.units.units):
+            for m, fate in enumerate(unit.fates):
+                if fate.cost_ns:
+                    variables.append(self.chosen[a][m])
+                    costs.append(fate.cost_ns)
+                if fate.restore:
+                    variables.append(self.restored[a, m])
+                    costs.append(fate.restore_ns)
+        return variables, costs
+
+    def add_cut(self, cut: Cut, budget_bytes: int | None) -> None:
+        """These fates together reach these bytes: forbid them, or raise the peak with them."""
+        pairs, reached = cut
+        literals = [self.chosen[a][m] for a, m in pairs]
+        if self.peak is not None:
+            self.model.add(self.peak >= reached).only_enforce_if(literals)
+        elif budget_bytes is not None and reached > budget_bytes:
+            self.model.add_bool_or([x.Not() for x in literals])
+
+    def hint(self, fates: Fates) -> None:
+        """Suggest a fate vector to the search."""
+        for literals, m in zip(self.chosen, fates, strict=True):
+            if len(literals) > 1:
+                for k, x in enumerate(literals):
+                    self.model.add_hint(x, int(k == m))
+
+    def read(self, value: cp_model.CpSolver | cp_model.CpSolverSolutionCallback) -> Fates:
+        """Return the fate vector of a solution."""
+        picked = [max(range(len(xs)), key=lambda m: value.value(xs[m])) for xs in self.chosen]
+        return np.array(picked, np.int16)

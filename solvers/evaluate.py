@@ -1,0 +1,200 @@
+"""One fate a unit -> times, cost, memory profile, schedule.
+
+Restores happen as late as possible: right before the first program op, or the first other restore, that reads
+what they bring back. One sweep over the units in reverse topological order finds every time. `profiles` does it
+for many fate vectors at once and is slightly pessimistic (it never reports less than `simulate` would);
+`to_schedule` is exact, and `simulate` judges it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.fates import Fate
+from solvers.problem import Schedule, ValueId
+from solvers.simulate import Usage, simulate
+from solvers.units import Int64, Units
+
+Fates = NDArray[np.int16]  # (unit,) or (plan, unit): index into Unit.fates
+CLASH_NS = 1 << 50  # added to the cost of a fate vector that asks two alternatives for one op
+
+
+def keep_everything(units: Units) -> Fates:
+    """Return the fate vector that keeps every value the backward reads.
+
+    A helper (no backward read) is set to drop: nobody asks for it, so nothing is paid, and when another unit is
+    dropped later, keeping the helper for it is a choice and not the default.
+    """
+    never = len(units.problem.program)
+    helper = [len(u.fates) > 1 and u.fates[1].name == "drop" and u.fates[1].first_read == never for u in units.units]
+    return np.array(helper, np.int16)
+
+
+def restore_times(units: Units, fates: Fates) -> list[int]:
+    """Return for each unit the program position right before which it is restored; len(program) if never."""
+    never = len(units.problem.program)
+    need = [never] * len(units.units)
+    for a in reversed(range(len(units.units))):
+        fate = units.units[a].fates[fates[a]]
+        # A demand reaches a unit only through a value that its fate dropped.
+        need[a] = min(need[a], fate.first_read) if fate.restore else never
+        if need[a] < never:
+            _demand(units, fates, fate, need, need[a])
+    return need
+
+
+def _demand(units: Units, fates: Fates, fate: Fate, need: list[int], time: int) -> None:
+    for v in fate.parents:
+        p = units.unit_of.get(v)
+        if p is not None and v in _dropped(units, p, int(fates[p])):
+            need[p] = min(need[p], time)
+
+
+def _dropped(units: Units, a: int, m: int) -> tuple[ValueId, ...]:
+    return tuple(h.value for h in units.units[a].fates[m].held if h.dropped)
+
+
+def to_schedule(units: Units, fates: Fates) -> Schedule:
+    """Return the schedule that a fate vector means.
+
+    Encodes follow the last forward read of what they encode; restores stand right before the op that needs them, in
+    program order among themselves; alternatives stand in the place of the ops they replace.
+
+    Raises:
+        ValueError: two chosen fates each want an alternative of their own for the same op.
+    """
+    problem = units.problem
+    before: dict[int, list[tuple[int, int]]] = {}
+    after: dict[int, list[int]] = {}
+    instead: dict[int, int] = {}
+    for a, t in enumerate(restore_times(units, fates)):
+        fate = units.units[a].fates[fates[a]]
+        if t < len(problem.program):
+            before.setdefault(t, []).extend((a, o) for o in fate.restore)
+        if fate.encode is not None:
+            after.setdefault(fate.encode_at, []).append(fate.encode)
+        for q, alternative in fate.instead:
+            if instead.get(q, alternative) != alternative:
+                raise ValueError(f"op {q} {problem.ops[q].name!r} has two alternatives chosen")
+            instead[q] = alternative
+    schedule: list[int] = []
+    for t, q in enumerate(problem.program):
+        schedule.extend(o for _, o in sorted(before.get(t, []), key=lambda pair: pair[0]))
+        schedule.append(instead.get(q, q))
+        schedule.extend(sorted(after.get(t, [])))
+    return tuple(schedule)
+
+
+def exact(units: Units, fates: Fates) -> Usage:
+    """Return what `simulate` says about the schedule of a fate vector."""
+    return simulate(units.problem, to_schedule(units, fates))
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """Cost of each plan, and bytes in use at each program position, restores before it included."""
+
+    cost_ns: Int64  # (plan,)
+    bytes_at: Int64  # (position, plan)
+
+    def peak_bytes(self) -> Int64:
+        """Return the peak of each plan."""
+        return np.asarray(self.bytes_at.max(axis=0), np.int64)
+
+    def excess(self, budget_bytes: int) -> NDArray[np.float64]:
+        """Return the area above the budget of each plan: bytes times positions."""
+        return np.asarray(np.maximum(self.bytes_at - budget_bytes, 0).sum(axis=0, dtype=np.float64))
+
+
+def profiles(units: Units, fates: Fates) -> Profiles:
+    """Evaluate the (plan, unit) matrix `fates`, all plans in one sweep."""
+    sweep = _Sweep(units, len(fates))
+    for a in reversed(range(len(units.units))):
+        column = fates[:, a]
+        present = np.unique(column)
+        for m in present:
+            rows = sweep.all if len(present) == 1 else np.flatnonzero(column == m)
+            sweep.add(units.units[a].fates[m], rows)
+    for group in units.clashes:
+        chosen = np.zeros(len(fates), np.int64)
+        for a, m in group:
+            chosen += fates[:, a] == m
+        sweep.cost += CLASH_NS * np.maximum(chosen - 1, 0)
+    return sweep.finish()
+
+
+class _Sweep:
+    """The state of one reverse sweep; columns are plans."""
+
+    def __init__(self, units: Units, plans: int) -> None:
+        self.units, self.n = units, len(units.problem.program)
+        self.all = np.arange(plans)
+        self.slot = {v: i for i, v in enumerate(units.unit_of)}
+        self.need = np.full((len(self.slot), plans), self.n, np.int64)  # first restore that reads each value
+        self.last = np.full((len(self.slot), plans), -1, np.int64)  # last restore that reads each value
+        self.delta = np.zeros((self.n + 2, plans), np.int64)
+        self.burst = np.zeros((self.n + 1, plans), np.int64)  # restore transient before a position
+        self.encode = np.zeros((self.n, plans), np.int64)  # encode transient after a position
+        self.cost = np.full(plans, units.problem.program_cost_ns(), np.int64)
+
+    def add(self, fate: Fate, rows: Int64) -> None:
+        """Account for one unit in the plans `rows`, all of which give it `fate`; its readers came before."""
+        time = np.full(len(rows), fate.first_read if fate.restore else self.n)
+        if fate.restore:
+            for h in fate.held:
+                if h.dropped:
+                    time = np.minimum(time, self.need[self.slot[h.value], rows])
+        for h in fate.held:
+            # A fate without a dropped value has no restore; a kept value of a dropping fate stays as under keep.
+            end = np.maximum(self.last[self.slot[h.value], rows], h.last_backward)
+            start = time if h.dropped else np.full(len(rows), h.last_forward + 1)
+            self._live(h.size_bytes, start, np.maximum(end, start - (0 if h.dropped else 1)), rows)
+        if fate.restore:
+            self._restore(fate, time, rows)
+        if fate.encode is not None:
+            self._encoded(fate, time, rows)
+        for position, more in fate.swaps:
+            self.delta[position, rows] += more
+            self.delta[position + 1, rows] -= more
+        if fate.cost_ns:
+            self.cost[rows] += fate.cost_ns
+
+    def _restore(self, fate: Fate, time: Int64, rows: Int64) -> None:
+        restored = time < self.n
+        self.cost[rows] += fate.restore_ns * restored
+        if fate.transient_bytes:
+            self.burst[time, rows] = np.maximum(self.burst[time, rows], fate.transient_bytes)
+        self.burst[time, rows] = np.maximum(self.burst[time, rows], 1)
+        reads = np.where(restored, time, -1)
+        for v in fate.parents:
+            i = self.slot.get(v)
+            if i is not None:
+                self.need[i, rows] = np.minimum(self.need[i, rows], time)
+                self.last[i, rows] = np.maximum(self.last[i, rows], reads)
+
+    def _encoded(self, fate: Fate, time: Int64, rows: Int64) -> None:
+        assert fate.encode is not None
+        start = np.full(len(rows), fate.encode_at + 1)
+        end = np.full(len(rows), max(fate.encoded_until, fate.encode_at + 1))
+        if fate.decodes:
+            end = np.maximum(end, np.where(time < self.n, time, -1))
+        self._live(fate.encoded_bytes, start, end, rows)
+        workspace = self.units.problem.ops[fate.encode].workspace_bytes
+        self.encode[fate.encode_at, rows] += fate.encoded_bytes + workspace
+
+    def _live(self, size: int, start: Int64, end: Int64, rows: Int64) -> None:
+        self.delta[start, rows] += size
+        self.delta[end + 1, rows] -= size
+
+    def finish(self) -> Profiles:
+        level = np.cumsum(self.delta[: self.n], axis=0)
+        level += self.units.base_bytes[:, None]
+        workspace = np.array([self.units.problem.ops[o].workspace_bytes for o in self.units.problem.program])
+        before = np.where(
+            self.burst[: self.n] > 0, level - self.units.own_bytes[:, None] + self.burst[: self.n], 0
+        )
+        after = np.where(self.encode > 0, level - workspace[:, None] + self.encode, 0)
+        return Profiles(self.cost, np.maximum(level, np.maximum(before, after)))

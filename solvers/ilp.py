@@ -1,0 +1,212 @@
+"""The exact solver of the class `ONE_RECOMPUTE`: epoch rows and cuts, added until `simulate` agrees.
+
+Every round solves a relaxation (CP-SAT, integers all over), reads its fates, simulates them, and adds the positions
+at which they do not fit as rows, and what happens between positions as cuts. The bound of every round is
+therefore valid for the class, and a plan that fits and meets it is proven.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from solvers.bounds import ONE_RECOMPUTE, cost_floor
+from solvers.cuts import explain
+from solvers.epochs import Cut, EpochModel
+from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
+from solvers.greedy import improve, polish, repair
+from solvers.problem import Limits, Problem, Solution, Status
+from solvers.search import Search
+from solvers.simulate import Usage
+from solvers.units import Units, build_units
+
+ROUNDS = 200
+NEW_ROWS = 10
+LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
+
+
+def solve_ilp(problem: Problem, limits: Limits) -> Solution:
+    """Return the cheapest plan with one recompute a value, proven where time allows, and a bound for the class.
+
+    INFEASIBLE is a proof for the class, not for plans that recompute a value twice.
+    """
+    units = build_units(problem)
+    search = Search(problem, limits, "ilp")
+    search.offer(problem.program, keep_everything(units))
+    improve(search, units, keep_everything(units), tries=0)
+    return prove(search, units)
+
+
+def prove(search: Search, units: Units) -> Solution:
+    """Improve the plan that `search` holds and bound it, until both meet or time is up."""
+    rounds = Rounds(units, search.problem.budget_bytes, start_rows(units, search.fates))
+    search.bound_ns = cost_floor(search.problem, units)
+    for _ in range(ROUNDS):
+        if search.left() <= 0.05 or closed(search):
+            break
+        found = rounds.solve(search.limits, search.left(), search.fates)
+        if found.infeasible:
+            if search.schedule is None:
+                return infeasible(search)
+            break
+        search.bound_ns = max(search.bound_ns, math.ceil(found.bound - 1e-6))
+        for fates in found.others:
+            search.offer(to_schedule(units, fates), fates)
+        if found.fates is None:
+            break
+        usage = search.offer(to_schedule(units, found.fates), found.fates)
+        search.report()
+        if usage.peak_bytes > search.problem.budget_bytes:
+            rounds.learn(found.fates, usage, search.problem.budget_bytes)
+            mend(search, units, found.fates)
+        elif found.optimal and rounds.gap <= search.limits.gap / 2:
+            break
+        else:
+            rounds.gap = search.limits.gap / 2
+    return search.answer(search.bound_ns, ONE_RECOMPUTE)
+
+
+def closed(search: Search) -> bool:
+    """Return whether the best plan meets the bound to within the gap asked for."""
+    if search.cost_ns is None or search.bound_ns is None:
+        return False
+    return search.cost_ns - search.bound_ns <= search.limits.gap * search.cost_ns
+
+
+def infeasible(search: Search) -> Solution:
+    """Return the answer for a budget below the least peak of the class."""
+    least = None if search.least is None else search.least[0]
+    bound = search.bound_ns or 0
+    return Solution(Status.INFEASIBLE, None, bound, ONE_RECOMPUTE, search.solver, search.seconds(), least)
+
+
+def mend(search: Search, units: Units, fates: Fates) -> None:
+    """Offer the nearest plan to `fates` that does fit."""
+    mended = repair(search, units, fates)
+    if mended is not None:
+        mended = polish(search, units, mended)
+        search.offer(to_schedule(units, mended), mended)
+
+
+def start_rows(units: Units, *plans: Fates | None) -> set[int]:
+    """Return the positions that carry the first memory rows: evenly spaced ones, and the peaks of known plans."""
+    problem = units.problem
+    n, turn = len(problem.program), problem.turn
+    rows = {turn, *(int(t) for t in np.linspace(turn + 1, n - 1, 12))} if turn + 1 < n else {turn}
+    for fates in (keep_everything(units), *plans):
+        if fates is not None:
+            rows.update(peaks(profiles(units, fates[None, :]).bytes_at[:, 0], 6))
+    return rows
+
+
+def peaks(level: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list[int]:
+    """Return the `count` highest positions of a profile, none close to another."""
+    level, found = level.astype(np.int64).copy(), list[int]()
+    apart = max(1, len(level) // 200)
+    for _ in range(count):
+        t = int(np.argmax(level))
+        if level[t] < 0:
+            break
+        found.append(t)
+        level[max(0, t - apart) : t + apart + 1] = -1
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one round brought: fates (None: nothing), the bound on the objective, other plans met on the way."""
+
+    fates: Fates | None
+    bound: float
+    infeasible: bool = False
+    optimal: bool = False  # to within the round's gap
+    objective: int = 0
+    others: tuple[Fates, ...] = ()
+    work: float = 0.0  # deterministic seconds spent
+
+
+@dataclass(slots=True)
+class Rounds:
+    """The rows and cuts known so far. `budget_bytes` None: the peak is minimised."""
+
+    units: Units
+    budget_bytes: int | None
+    rows: set[int]
+    cuts: list[Cut] = field(default_factory=list)
+    gap: float = LOOSE
+    linear: int = 2  # CP-SAT's linearization_level: 2 proves costs, 1 finds small peaks
+    work: float | None = None  # CP-SAT's deterministic seconds a round; None: only the clock counts
+
+    def solve(self, limits: Limits, seconds: float, hint: Fates | None) -> Found:
+        """Solve the relaxation that the known rows and cuts make."""
+        turn = self.units.problem.turn
+        after, upto = [t for t in self.rows if t > turn], [t for t in self.rows if t <= turn]
+        model = EpochModel(self.units, after, upto, self.budget_bytes)
+        for cut in self.cuts:
+            model.add_cut(cut, self.budget_bytes)
+        if hint is not None:
+            model.hint(hint)
+        solver = cp_model.CpSolver()
+        # One worker with every linear relaxation on: deterministic, and it proves in seconds what two default
+        # workers (which leave the linear program out) did not in minutes.
+        solver.parameters.num_workers = 1
+        solver.parameters.linearization_level = self.linear
+        solver.parameters.random_seed = limits.seed
+        solver.parameters.relative_gap_limit = self.gap
+        solver.parameters.max_time_in_seconds = min(1e6, max(0.05, seconds))
+        if self.work is not None:
+            solver.parameters.max_deterministic_time = self.work
+        listener = _Listener(model, limits)
+        status = solver.solve(model.model, listener)
+        if status == cp_model.INFEASIBLE:
+            return Found(None, 0.0, infeasible=True)
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return Found(None, solver.best_objective_bound, work=_work(solver))
+        objective = round(solver.objective_value)
+        plans = tuple(listener.plans)
+        optimal = status == cp_model.OPTIMAL
+        fates, bound = model.read(solver), solver.best_objective_bound
+        return Found(fates, bound, False, optimal, objective, plans, _work(solver))
+
+    def learn(self, fates: Fates, usage: Usage, limit_bytes: int) -> None:
+        """Add the rows at which the plan exceeds the limit, and a cut if rows alone would let it come back."""
+        level = np.full(len(self.units.problem.program), -1, np.int64)
+        last = -1
+        schedule = to_schedule(self.units, fates)
+        originals = {
+            o: q for u, m in zip(self.units.units, fates, strict=True) for q, o in u.fates[m].instead
+        }
+        program = self.units.problem.program
+        inserted = True
+        for step, o in enumerate(schedule):
+            if last + 1 < len(program) and originals.get(o, o) == program[last + 1]:
+                last += 1
+                inserted = inserted and step != usage.peak_step
+                if usage.bytes_at[step] > limit_bytes and last not in self.rows:
+                    level[last] = usage.bytes_at[step]
+        new = peaks(level, NEW_ROWS)
+        self.rows.update(new)
+        if inserted or not new:
+            self.cuts.append(explain(self.units, fates, usage, limit_bytes))
+
+
+def _work(solver: cp_model.CpSolver) -> float:
+    return float(solver.response_proto.deterministic_time)
+
+
+class _Listener(cp_model.CpSolverSolutionCallback):
+    """Collects the plans met on the way, and stops the search when the caller cancels."""
+
+    def __init__(self, model: EpochModel, limits: Limits) -> None:
+        super().__init__()
+        self.model, self.limits = model, limits
+        self.plans: list[Fates] = []
+
+    def on_solution_callback(self) -> None:
+        """CP-SAT found a better solution."""
+        self.plans = [*self.plans[-7:], self.model.read(self)]
+        if self.limits.cancelled is not None and self.limits.cancelled():
+            self.stop_search()

@@ -1,0 +1,217 @@
+"""The planning problem and its answer: numbers only, no torch.
+
+A *schedule* is a sequence of op ids. An op that stands twice is recomputed; a codec is an encode op and a
+decode op. Nothing is ever freed in a schedule: a value lives from its write to its last read before the next
+write. `simulate` (beside this file) is the one definition of "fits".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+OpId = int
+ValueId = int
+Schedule = tuple[OpId, ...]
+
+FORMAT = "graphplan-problem-1"
+
+
+class MalformedProblem(ValueError):
+    """A Problem (or its JSON) breaks an invariant; the message names the place."""
+
+
+class Kind(Enum):
+    """What an op is for: the model's own work, or one half of a codec."""
+
+    COMPUTE = "compute"
+    ENCODE = "encode"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One executable step: reads values, writes values, costs time and scratch memory.
+
+    `repeatable` is False for an op that must run exactly once, in the program's order: it draws random
+    numbers, updates a buffer, or is the turn from forward to backward. `instead_of` names the program op whose
+    values (all or some) this op can also write: a BatchNorm without its statistics update, a backward op that
+    reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
+    """
+
+    name: str
+    reads: tuple[ValueId, ...]
+    writes: tuple[ValueId, ...]
+    cost_ns: int
+    workspace_bytes: int = 0
+    repeatable: bool = True
+    instead_of: OpId | None = None
+    kind: Kind = Kind.COMPUTE
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Which schedule is fastest while never more than `budget_bytes` are in use?
+
+    `program` is the default schedule, a permutation of the ops that are not optional: it runs every op once.
+    `turn` is the index in `program` of the op that stands between forward and backward. Parameters, buffers
+    and inputs are not values: they are `fixed_bytes`. `keep` are the values that must be live at the end.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    program: tuple[OpId, ...]
+    turn: int
+    value_bytes: tuple[int, ...]
+    value_names: tuple[str, ...]
+    keep: frozenset[ValueId]
+    fixed_bytes: int
+    budget_bytes: int
+
+    def verify(self) -> None:
+        """Raise MalformedProblem, naming the op and the value, unless the problem is well formed."""
+        _check_ids(self)
+        _check_program(self)
+
+    def with_budget(self, budget_bytes: int) -> Problem:
+        """Return the same problem under another budget."""
+        return replace(self, budget_bytes=budget_bytes)
+
+    def program_cost_ns(self) -> int:
+        """Return the cost of running every op of the program once."""
+        return sum(self.ops[o].cost_ns for o in self.program)
+
+    def to_json(self) -> str:
+        """Return the problem as JSON text, one op a line."""
+        head = {k: v for k, v in asdict(self).items() if k != "ops"}
+        head["keep"] = sorted(self.keep)
+        ops = [json.dumps({**asdict(op), "kind": op.kind.value}) for op in self.ops]
+        body = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in head.items())
+        return f'{{"format": "{FORMAT}",\n{body},\n"ops": [\n' + ",\n".join(ops) + "\n]}\n"
+
+    @staticmethod
+    def from_json(text: str) -> Problem:
+        """Read a problem written by `to_json`; raise MalformedProblem on anything else."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise MalformedProblem(f"not JSON (truncated?): {e}") from e
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise MalformedProblem(f"expected format {FORMAT!r}")
+        try:
+            problem = _from_dict(data)
+        except (KeyError, TypeError, ValueError) as e:
+            raise MalformedProblem(f"missing or wrong field: {e}") from e
+        problem.verify()
+        return problem
+
+
+class Status(Enum):
+    """How a search ended; the value says what it means for the user."""
+
+    OPTIMAL = "proven optimal in its class"
+    FEASIBLE = "fits; not proven optimal"
+    INFEASIBLE = "proven: no plan of this class fits the budget"
+    NOT_FOUND = "no plan found within the limits; more time or a larger budget may help"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a solver may spend, and who listens. The answer is a function of these and the problem."""
+
+    seconds: float = 30.0
+    threads: int = 2
+    seed: int = 0
+    gap: float = 0.0001  # stop when (cost - bound) / cost is at most this
+    progress: Callable[[Progress], None] | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One line of a running search: costs in ns, None while unknown."""
+
+    solver: str
+    seconds: float
+    cost_ns: int | None
+    lower_bound_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A solver's answer. `schedule` is present exactly when `status` is OPTIMAL or FEASIBLE.
+
+    `lower_bound_ns` bounds the cost of every plan of class `bound_class`. `least_peak_bytes` is the smallest
+    peak this search can vouch for reaching (None: it did not look).
+    """
+
+    status: Status
+    schedule: Schedule | None
+    lower_bound_ns: int
+    bound_class: str
+    solver: str
+    seconds: float = field(compare=False, default=0.0)
+    least_peak_bytes: int | None = None
+
+
+def _from_dict(data: dict[str, Any]) -> Problem:
+    ops = tuple(
+        Op(**{**o, "reads": tuple(o["reads"]), "writes": tuple(o["writes"]), "kind": Kind(o["kind"])})
+        for o in data["ops"]
+    )
+    return Problem(
+        name=str(data["name"]),
+        ops=ops,
+        program=tuple(data["program"]),
+        turn=int(data["turn"]),
+        value_bytes=tuple(data["value_bytes"]),
+        value_names=tuple(data["value_names"]),
+        keep=frozenset(data["keep"]),
+        fixed_bytes=int(data["fixed_bytes"]),
+        budget_bytes=int(data["budget_bytes"]),
+    )
+
+
+def _check_ids(problem: Problem) -> None:
+    values = range(len(problem.value_bytes))
+    if len(problem.value_names) != len(values):
+        raise MalformedProblem(f"{len(problem.value_names)} value names for {len(values)} values")
+    if min(problem.value_bytes, default=0) < 0 or problem.fixed_bytes < 0:
+        raise MalformedProblem("negative bytes")
+    for i, op in enumerate(problem.ops):
+        unknown = [v for v in (*op.reads, *op.writes) if v not in values]
+        if unknown:
+            raise MalformedProblem(f"op {i} {op.name!r} names unknown value {unknown[0]}")
+        if op.cost_ns < 0 or op.workspace_bytes < 0:
+            raise MalformedProblem(f"op {i} {op.name!r} has a negative cost or workspace")
+        if op.instead_of is not None and op.instead_of not in range(len(problem.ops)):
+            raise MalformedProblem(f"op {i} {op.name!r} stands for unknown op {op.instead_of}")
+    if not problem.keep <= frozenset(values):
+        raise MalformedProblem("keep names an unknown value")
+
+
+def _check_program(problem: Problem) -> None:
+    optional = {
+        i for i, op in enumerate(problem.ops) if op.instead_of is not None or op.kind is not Kind.COMPUTE
+    }
+    if sorted(problem.program) != [i for i in range(len(problem.ops)) if i not in optional]:
+        raise MalformedProblem("program is not a permutation of the ops that are not optional")
+    if not 0 <= problem.turn < len(problem.program):
+        raise MalformedProblem(f"turn {problem.turn} is not a position in the program")
+    written: set[ValueId] = set()
+    for o in problem.program:
+        op = problem.ops[o]
+        for v in op.reads:
+            if v not in written:
+                raise MalformedProblem(f"op {o} {op.name!r} reads value {v} before it is written")
+        for v in op.writes:
+            if v in written:
+                raise MalformedProblem(
+                    f"op {o} {op.name!r} writes value {v}, which another program op writes"
+                )
+        written.update(op.writes)
+    if not problem.keep <= written:
+        raise MalformedProblem("a value to keep is never written by the program")

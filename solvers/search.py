@@ -1,0 +1,59 @@
+"""What the anytime solvers share: the clock, the best plan so far, the answer."""
+
+from __future__ import annotations
+
+import time
+
+from solvers.evaluate import Fates
+from solvers.problem import Limits, Problem, Progress, Schedule, Solution, Status
+from solvers.simulate import Usage, simulate
+
+
+class Search:
+    """One running search: knows the clock, keeps the cheapest plan that `simulate` accepts, reports progress."""
+
+    def __init__(self, problem: Problem, limits: Limits, solver: str) -> None:
+        """Start the clock."""
+        self.problem, self.limits, self.solver = problem, limits, solver
+        self.started = time.monotonic()
+        self.schedule: Schedule | None = None
+        self.fates: Fates | None = None
+        self.cost_ns: int | None = None
+        self.bound_ns: int | None = None
+        self.least: tuple[int, Schedule] | None = None  # smallest peak seen, and its schedule
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self.started
+
+    def left(self) -> float:
+        """Return the seconds that remain; at most 0 when time is up or the caller cancelled."""
+        if self.limits.cancelled is not None and self.limits.cancelled():
+            return 0.0
+        return self.limits.seconds - self.seconds()
+
+    def offer(self, schedule: Schedule, fates: Fates | None = None) -> Usage:
+        """Simulate a schedule, remember it if it is the best so far, and return its Usage."""
+        usage = simulate(self.problem, schedule)
+        if self.least is None or usage.peak_bytes < self.least[0]:
+            self.least = (usage.peak_bytes, schedule)
+        fits = usage.peak_bytes <= self.problem.budget_bytes
+        if fits and (self.cost_ns is None or usage.cost_ns < self.cost_ns):
+            self.schedule, self.cost_ns = schedule, usage.cost_ns
+            self.fates = None if fates is None else fates.copy()
+            self.report()
+        return usage
+
+    def report(self) -> None:
+        """Tell the listener where the search stands."""
+        if self.limits.progress is not None:
+            self.limits.progress(Progress(self.solver, self.seconds(), self.cost_ns, self.bound_ns))
+
+    def answer(self, bound_ns: int, bound_class: str) -> Solution:
+        """Return the best plan; OPTIMAL when its cost meets the bound to within `limits.gap`."""
+        least = None if self.least is None else self.least[0]
+        if self.schedule is None or self.cost_ns is None:
+            return Solution(Status.NOT_FOUND, None, bound_ns, bound_class, self.solver, self.seconds(), least)
+        bound = min(bound_ns, self.cost_ns)
+        status = Status.OPTIMAL if self.cost_ns - bound <= self.limits.gap * self.cost_ns else Status.FEASIBLE
+        return Solution(status, self.schedule, bound, bound_class, self.solver, self.seconds(), least)

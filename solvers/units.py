@@ -1,0 +1,200 @@
+"""Problem -> decision units: what may be kept, dropped or encoded, and what follows from each choice.
+
+A *unit* is one recomputable forward op with the values it restores, bundled; its *fates* are keep, drop
+(recompute once, as late as possible) or one of its codecs. A plan of the class that every solver here searches
+is one fate a unit: the times follow (`evaluate`). Bundling and the contraction of helpers keep the optimum of
+the class: keeping a larger value that only serves to recompute a smaller one never pays.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.fates import Draft, Fate, FateMaker, Span, encoders, value_spans
+from solvers.problem import Kind, OpId, Problem, ValueId
+
+TINY = 20  # values of a bundle that make up less than one part in this many are statistics
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Values that share a fate; `fates[0]` is always keep."""
+
+    name: str
+    values: tuple[ValueId, ...]
+    fates: tuple[Fate, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all values of the unit."""
+        return sum(h.size_bytes for h in self.fates[0].held)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The decision form of a Problem; `units` are in an order in which restores read only earlier units.
+
+    `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values outside
+    the units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of it that
+    only program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit, fate) holds.
+    """
+
+    problem: Problem
+    units: tuple[Unit, ...]
+    unit_of: dict[ValueId, int]
+    base_bytes: Int64
+    own_bytes: Int64
+    clashes: tuple[tuple[tuple[int, int], ...], ...]
+
+
+def build_units(problem: Problem) -> Units:
+    """Return the decision units of `problem`, helpers contracted, in topological order."""
+    spans = value_spans(problem)
+    drafts = _contract(problem, _recomputable(problem, spans), spans)
+    owned = {v for d in drafts for v in d.values}
+    for v in sorted({v for v, _ in encoders(problem)} - owned - problem.keep):
+        if v in spans and spans[v].write < problem.turn and spans[v].backward:
+            drafts.append(Draft((v,), (), spans[v].write))
+    maker = FateMaker(problem, spans, drafts)
+    units = [Unit(problem.value_names[d.values[0]], d.values, maker.fates(d)) for d in drafts]
+    owned = {v for u in units for v in u.values}
+    # What a restore reads must stay until then, although nobody decides about it: units with the one fate keep.
+    for v in sorted({p for u in units for f in u.fates for p in f.parents} - owned - problem.keep):
+        units.append(Unit(problem.value_names[v], (v,), (maker.keep((v,)),)))
+    ordered = _topological(units, spans)
+    base, own = _base(problem, ordered, spans)
+    unit_of = {v: a for a, u in enumerate(ordered) for v in u.values}
+    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered))
+
+
+def _recomputable(problem: Problem, spans: dict[ValueId, Span]) -> list[Draft]:
+    """One draft for each recompute op that restores forward values from forward values."""
+    variants: dict[OpId, list[OpId]] = {}
+    for o, op in enumerate(problem.ops):
+        if op.instead_of is not None and op.kind is Kind.COMPUTE:
+            variants.setdefault(op.instead_of, []).append(o)
+    forward = {v for v, s in spans.items() if s.write < problem.turn}
+    drafts = []
+    for t, p in enumerate(problem.program[: problem.turn]):
+        options = [p] if problem.ops[p].repeatable else variants.get(p, [])
+        # Largest first: two variants that restore the same value would compete for one unit.
+        options.sort(
+            key=lambda o: (
+                -sum(problem.value_bytes[v] for v in problem.ops[o].writes),
+                problem.ops[o].cost_ns,
+            )
+        )
+        taken: set[ValueId] = set()
+        for o in options:
+            op = problem.ops[o]
+            values = _worth_dropping(problem, spans, op.writes)
+            if values and not taken & set(op.writes) and forward.issuperset(op.reads):
+                taken.update(op.writes)
+                drafts.append(Draft(values, (o,), t))
+    return drafts
+
+
+def _worth_dropping(
+    problem: Problem, spans: dict[ValueId, Span], writes: tuple[ValueId, ...]
+) -> tuple[ValueId, ...]:
+    """What of an op's writes a unit decides about: not what must be kept, and no statistics beside a helper.
+
+    A normalisation's output is a helper, its mean and rstd are read in the backward but tiny. They stay; otherwise
+    they would tie the output to themselves, and it could not be contracted into its reader.
+    """
+    values = tuple(v for v in writes if v not in problem.keep)
+    helpers = tuple(v for v in values if not spans[v].backward)
+    read = _bytes(problem, values) - _bytes(problem, helpers)
+    return helpers if helpers and read * TINY <= _bytes(problem, values) else values
+
+
+def _contract(problem: Problem, drafts: list[Draft], spans: dict[ValueId, Span]) -> list[Draft]:
+    """Merge each helper (no backward read) into its only recompute reader if that is no larger; drop unread ones."""
+    owner = {v: i for i, d in enumerate(drafts) for v in d.values}
+    readers: dict[int, set[int]] = {i: set() for i in range(len(drafts))}
+    for i, d in enumerate(drafts):
+        for v in problem.ops[d.restore[0]].reads:
+            if v in owner and owner[v] != i:
+                readers[owner[v]].add(i)
+    alive = dict(enumerate(drafts))
+    # Backwards first: a helper that only unread helpers read is unread itself.
+    for i in reversed(range(len(drafts))):
+        if not readers[i] and not any(spans[v].backward for v in drafts[i].values):
+            del alive[i]
+            for others in readers.values():
+                others.discard(i)
+    merged = True
+    while merged:
+        merged = False
+        for i, d in list(alive.items()):
+            if len(readers[i]) != 1 or any(spans[v].backward for v in d.values):
+                continue
+            (j,) = readers[i]
+            if _bytes(problem, d.values) >= _bytes(problem, drafts[j].values):
+                drafts[j].restore = d.restore + drafts[j].restore
+                del alive[i]
+                for others in readers.values():
+                    if i in others:
+                        others.discard(i)
+                        others.add(j)
+                merged = True
+    return list(alive.values())
+
+
+def _topological(units: list[Unit], spans: dict[ValueId, Span]) -> list[Unit]:
+    """Order units so that restores read only earlier ones; ties by program position."""
+    owner = {v: i for i, u in enumerate(units) for v in u.values}
+    before = [{owner[p] for f in u.fates for p in f.parents if p in owner} - {i} for i, u in enumerate(units)]
+    after: list[list[int]] = [[] for _ in units]
+    for i, parents in enumerate(before):
+        for p in parents:
+            after[p].append(i)
+    missing = [len(b) for b in before]
+    ready = [(spans[u.values[0]].write, i) for i, u in enumerate(units) if not missing[i]]
+    heapq.heapify(ready)
+    ordered = []
+    while ready:
+        _, i = heapq.heappop(ready)
+        ordered.append(units[i])
+        for j in after[i]:
+            missing[j] -= 1
+            if not missing[j]:
+                heapq.heappush(ready, (spans[units[j].values[0]].write, j))
+    return ordered
+
+
+def _base(problem: Problem, units: list[Unit], spans: dict[ValueId, Span]) -> tuple[Int64, Int64]:
+    n = len(problem.program)
+    owned = {v for u in units for v in u.values}
+    delta = np.zeros(n + 1, np.int64)
+    for v, span in spans.items():
+        last = span.last_forward
+        if v in problem.keep:
+            last = n - 1
+        elif v not in owned:
+            last = max(last, *span.backward, last)
+        delta[span.write] += problem.value_bytes[v]
+        delta[last + 1] -= problem.value_bytes[v]
+    ops = [problem.ops[o] for o in problem.program]
+    workspace = np.array([op.workspace_bytes for op in ops], np.int64)
+    writes = np.array([_bytes(problem, op.writes) for op in ops], np.int64)
+    return problem.fixed_bytes + np.cumsum(delta[:n]) + workspace, workspace + writes
+
+
+def _clashes(units: list[Unit]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    groups: dict[OpId, list[tuple[int, int]]] = {}
+    for a, unit in enumerate(units):
+        for m, fate in enumerate(unit.fates):
+            for q, _ in fate.instead:
+                groups.setdefault(q, []).append((a, m))
+    several = (tuple(g) for g in groups.values() if len({a for a, _ in g}) > 1)
+    return tuple(dict.fromkeys(several))
+
+
+def _bytes(problem: Problem, values: tuple[ValueId, ...]) -> int:
+    return sum(problem.value_bytes[v] for v in values)

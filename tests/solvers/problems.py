@@ -1,0 +1,159 @@
+"""Random problems with the shapes that joint graphs have: chains, skips, masks, statistics, codecs, workspace."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+from hypothesis import strategies as st
+
+from solvers.problem import Kind, Op, Problem
+
+LAYERS = ("linear", "relu", "gelu", "dropout", "norm", "pool", "cast", "skip", "opaque")
+
+
+@dataclass
+class Builder:
+    """Grows a forward pass, then `close` writes the turn and the backward pass."""
+
+    rng: random.Random
+    ops: list[Op] = field(default_factory=list)
+    program: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    keep: set[int] = field(default_factory=set)
+    layers: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    unit: int = 1
+
+    def value(self, name: str, size: int) -> int:
+        self.sizes.append(size * self.unit)
+        self.names.append(f"{name}{len(self.names)}")
+        return len(self.sizes) - 1
+
+    def size(self) -> int:
+        return self.rng.randint(1, 8)
+
+    def op(self, name: str, reads: tuple[int, ...], writes: tuple[int, ...], **more: object) -> int:
+        optional = more.get("instead_of") is not None or more.get("kind", Kind.COMPUTE) is not Kind.COMPUTE
+        cost = self.rng.randint(1, 9)
+        scratch = self.rng.choice((0, 0, self.rng.randint(1, 6) * self.unit))
+        made = Op(f"{name}{len(self.ops)}", reads, writes, cost, scratch)
+        self.ops.append(replace(made, **more))  # type: ignore[arg-type]
+        if not optional:
+            self.program.append(len(self.ops) - 1)
+        return len(self.ops) - 1
+
+    def layer(self, kind: str, x: int, others: list[int]) -> int:
+        """Add one layer on value x; return its output."""
+        size = self.size()
+        if kind == "dropout":
+            mask, y = self.value("mask", size), self.value("y", size)
+            p = self.op("dropout", (x,), (y, mask), repeatable=False)
+            self.op("reapply", (x, mask), (y,), instead_of=p)
+            if self.rng.random() < 0.7:
+                self.codec(mask)
+            self.layers.append((kind, (x,), (y, mask)))
+        elif kind == "norm":
+            stat, y = self.value("stat", 1), self.value("y", size)
+            p = self.op("norm", (x,), (y, stat), repeatable=False)
+            self.op("renorm", (x,), (y,), instead_of=p)
+            self.layers.append((kind, (x,), (y, stat)))
+        elif kind == "pool":
+            index, y = self.value("index", size), self.value("y", max(1, size // 2))
+            self.op("pool", (x,), (y, index))
+            if self.rng.random() < 0.7:
+                self.codec(index)
+            self.layers.append((kind, (x,), (y, index)))
+        else:
+            y = self.value("y", size)
+            reads = (x, self.rng.choice(others)) if kind == "skip" else (x,)
+            self.op(kind, tuple(dict.fromkeys(reads)), (y,), repeatable=kind != "opaque")
+            self.layers.append((kind, tuple(dict.fromkeys(reads)), (y,)))
+        return self.layers[-1][2][0]
+
+    def codec(self, v: int) -> None:
+        """A codec of the decode kind for value v."""
+        e = self.value("bits", max(1, self.sizes[v] // self.unit // 4))
+        self.op("encode", (v,), (e,), kind=Kind.ENCODE)
+        self.op("decode", (e,), (v,), kind=Kind.DECODE)
+
+    def close(self, y: int, name: str) -> Problem:
+        """Add the turn and the backward pass."""
+        grads: dict[int, list[int]] = {y: [self.value("tangent", self.size())]}
+        turn = len(self.program)
+        self.op("turn", (y,), (grads[y][0],), repeatable=False)
+        for kind, reads, writes in reversed(self.layers):
+            grad = self.total(grads, writes[0])
+            if grad is not None:
+                self.backward(kind, reads, writes, grad, grads)
+        peak = self.value("done", 1)
+        self.op("done", (), (peak,), repeatable=False)
+        self.keep.add(peak)
+        fixed = self.rng.randint(0, 3) * self.unit
+        return Problem(
+            name,
+            tuple(self.ops),
+            tuple(self.program),
+            turn,
+            tuple(self.sizes),
+            tuple(self.names),
+            frozenset(self.keep),
+            fixed,
+            0,
+        )
+
+    def total(self, grads: dict[int, list[int]], v: int) -> int | None:
+        """The gradient of v, its parts added up."""
+        parts = grads.get(v, [])
+        while len(parts) > 1:
+            a, b = parts.pop(), parts.pop()
+            parts.append(self.value("sum", self.sizes[a] // self.unit))
+            self.op("add", (a, b), (parts[-1],))
+        return parts[0] if parts else None
+
+    def backward(
+        self, kind: str, reads: tuple[int, ...], writes: tuple[int, ...], grad: int, grads: dict[int, list[int]]
+    ) -> None:
+        saved = {"relu": writes[:1], "dropout": writes[1:], "pool": writes[1:], "cast": (), "skip": ()}
+        saved_values = saved.get(kind, (*reads, *writes[1:]))
+        for x in reads:
+            gx = self.value("g", self.sizes[x] // self.unit)
+            out = [gx]
+            if kind in ("linear", "norm"):
+                out.append(self.value("gw", 1))
+                self.keep.add(out[-1])
+            q = self.op(f"{kind}_backward", (grad, *saved_values), tuple(out))
+            if kind == "relu" and self.rng.random() < 0.7:
+                e = self.value("bits", 1)
+                self.op("mask", writes[:1], (e,), kind=Kind.ENCODE)
+                self.op("masked_backward", (grad, e), tuple(out), instead_of=q)
+            grads.setdefault(x, []).append(gx)
+
+
+def random_problem(seed: int, layers: int, unit: int = 1, budget: float | None = None) -> Problem:
+    """A random problem of about 2.5 ops a layer; `budget` is a share of the way from working set to keep-all."""
+    rng = random.Random(seed)
+    builder = Builder(rng, unit=unit)
+    x = builder.value("x", builder.size())
+    builder.op("embed", (), (x,), repeatable=rng.random() < 0.5)
+    outputs = [x]
+    for _ in range(layers):
+        outputs.append(builder.layer(rng.choice(LAYERS), outputs[-1], outputs))
+    problem = builder.close(outputs[-1], f"random-{seed}-{layers}")
+    problem.verify()
+    return at_share(problem, rng.choice((0.1, 0.3, 0.5, 0.7, 0.9)) if budget is None else budget)
+
+
+def at_share(problem: Problem, share: float) -> Problem:
+    """The problem with its budget a share of the way from the working set to the keep-all peak."""
+    from solvers import working_set
+    from solvers.simulate import simulate
+
+    top = simulate(problem, problem.program).peak_bytes
+    low = working_set(problem).peak_bytes
+    return problem.with_budget(low + round(share * (top - low)))
+
+
+def problems(layers: int = 8) -> st.SearchStrategy[Problem]:
+    """Hypothesis strategy over `random_problem`; shrinks to fewer layers and smaller seeds."""
+    return st.builds(random_problem, st.integers(0, 100_000), st.integers(1, layers))
