@@ -38,6 +38,7 @@ def build_graph(joint: Any, model: nn.Module, traced: nn.Module, name: str) -> G
     module.graph.set_codegen(fx.graph.CodeGen())
     interface = _Interface(joint, model, traced)
     _drop_batch_norm_statistics(module.graph)
+    _mend_mixed_batch_norm(module.graph)
     _merge_tied(module.graph, interface, model)
     backward = _split(module.graph, interface)
     _clone_mutated(module.graph, interface, backward)
@@ -106,7 +107,8 @@ class _Interface:
             elif isinstance(desc, GradAOTOutput) and node is not None:
                 self.gradients[self.by_desc[desc.grad_of]] = node
         for i, node in enumerate(plain):
-            self.outputs.append(self._output(self.info[i], node, tangents[i], bases, plain, tangents))
+            output = self._output(self.info[i], node, tangents[i], bases, plain, tangents)
+            self.outputs.append(replace(output, detached=not self.info[i].requires_grad))
 
     def _mutate(self, index: int, node: fx.Node) -> None:
         primal, placeholder = self.primals[index]
@@ -209,10 +211,26 @@ def _geometry(node: fx.Node, base: fx.Node) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _drop_batch_norm_statistics(graph: fx.Graph) -> None:
-    """BatchNorm's backward in training mode ignores the running statistics: do not make it read mutated buffers."""
+    """Keep BatchNorm's backward from reading running statistics that the forward mutates.
+
+    In training mode it ignores their values, but takes the parameters' dtype from them: the saved batch
+    statistics, which it reads anyway, stand in.
+    """
     for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm_backward.default):
         if node.args[7] is True:
-            node.args = (*node.args[:3], None, None, *node.args[5:])
+            node.args = (*node.args[:3], *node.args[5:7], *node.args[5:])
+
+
+def _mend_mixed_batch_norm(graph: fx.Graph) -> None:
+    """Give BatchNorm's saved statistics the parameters' dtype: torch's fake kernel says the input's (bfloat16)."""
+    for node in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_functional.default):
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or not node.meta["val"][0].is_cpu:
+            continue
+        dtype = weight.meta["val"].dtype
+        node.meta["val"] = tuple(v.to(dtype) if i in (1, 2) else v for i, v in enumerate(node.meta["val"]))
+        for item in node.users:
+            item.meta["val"] = node.meta["val"][item.args[1]]
 
 
 def _merge_tied(graph: fx.Graph, interface: _Interface, model: nn.Module) -> None:

@@ -7,9 +7,11 @@ that ask a tensor for a Python value or keep tensors as plain attributes.
 from __future__ import annotations
 
 import contextlib
+import io
 import linecache
+import logging
 import traceback
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +66,31 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     # Tracing must not draw from the user's RNG stream.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         traced, joint = _climb(flat, tensors)
-    assert flat.returned is not None
     graph = build_graph(joint, model, traced, type(model).__name__)
     graph.verify()
-    return Capture(graph, template, flat.returned)
+    assert flat.record.returned is not None
+    return Capture(graph, template, flat.record.returned)
+
+
+class _Record:
+    """Where a traced call leaves the structure of what it returned (torch.export puts module attributes back)."""
+
+    returned: Template | None = None
 
 
 class _Flat(nn.Module):
-    """The model as a function of tensors to tensors; `returned` is the structure of what it returned."""
+    """The model as a function of tensors to tensors."""
 
     def __init__(self, model: nn.Module, template: Template) -> None:
         super().__init__()
         self.model = model
         self.template = template
-        self.returned: Template | None = None
+        self.record = _Record()
         self.training = model.training
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.template.fill(tensors)
-        self.returned, leaves = Template.of(self.model(*args, **kwargs))
+        self.record.returned, leaves = Template.of(self.model(*args, **kwargs))
         return tuple(leaves)
 
 
@@ -92,11 +100,26 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
         return flat, _joint(flat, tensors)
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
-            exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
+            with _silenced():
+                exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
         except Exception as second:  # noqa: BLE001
             raise _explain(flat.model, first, second) from second
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep torch.export from printing the whole graph when it fails: the error that we raise says what matters."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        sink = io.StringIO()
+        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
@@ -127,9 +150,9 @@ def _check_model(model: nn.Module) -> None:
 
 def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
     """Say what failed, at which line of the model, and what would help."""
-    text = str(first).strip().splitlines()
-    lines = [f"cannot capture {type(model).__name__} as one graph: {type(first).__name__}: {text[0] if text else ''}"]
-    place = _user_line(first) or _user_line(second)
+    lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
+    # The second rung gets further: its line is the one to change.
+    place = _user_line(second) or _user_line(first)
     if place is not None:
         lines.append(f"  at {place}")
     words = f"{first} {second}"
@@ -140,9 +163,14 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
             "  this line asks a tensor for a Python value (if, int(), .item(), boolean mask), so the graph depends on "
             "data; use torch.where or move the decision outside the model"
         )
-    last = str(second).strip().splitlines()
-    lines.append(f"  torch.export in front of it: {type(second).__name__}: {last[0] if last else ''}")
+    if _headline(second) != _headline(first):
+        lines.append(f"  with torch.export in front: {_headline(second)}")
     return CaptureError("\n".join(lines))
+
+
+def _headline(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def _user_line(error: BaseException) -> str | None:

@@ -86,6 +86,7 @@ class Output:
     source: str
     index: int
     view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    detached: bool = False  # the model cut it from the autograd graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ def profile(
     """Return the Profile of `instructions`, measuring on this machine what `device` does not hold yet.
 
     With `run=False` nothing is executed: `device` describes another machine and missing samples are estimated.
+    So is an op that refuses to run on made-up values; `measured` is then False.
     """
     probes = [_probe(graph, instructions, item) for item in instructions.items]
     missing = {p.key: p for p in probes if p is not None and p.key not in device.samples}
@@ -54,7 +55,7 @@ def profile(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Probe:
     """One instruction as a small graph of its own."""
 
@@ -143,30 +144,42 @@ def _device_of(graph: Graph) -> torch.device:
 
 
 def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) -> dict[str, Sample]:
+    """Return a Sample for every probe that runs on made-up values; the others are left to be estimated."""
     device = _device_of(graph)
     total = 2 * len(probes)
-    workspace: list[int] = []
     samples: dict[str, Sample] = {}
+    ran: list[_Probe] = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch._C._DisableAutocast():
         with Meter(device) as meter:
             for i, probe in enumerate(probes):
-                inputs = [_make(t, device) for t in probe.inputs]
-                with meter.region():
-                    outputs = probe.module(*inputs)
-                del outputs, inputs
+                if _runs(probe, meter, device):
+                    ran.append(probe)
                 if progress:
                     progress("memory of each op", i + 1, total)
-        workspace = [r.peak_bytes for r in meter.readings]
-        for i, probe in enumerate(probes):
+        # A region that raised has a reading too, of no use.
+        readings = [r for r, ok in zip(meter.readings, (p in ran for p in probes), strict=True) if ok]
+        for i, (probe, reading) in enumerate(zip(ran, readings, strict=True)):
             inputs = [_make(t, device) for t in probe.inputs]
             cost_ns = _time(probe.module, inputs, device)
             del inputs
-            scratch = max(0, workspace[i] - probe.written_bytes)
+            scratch = max(0, reading.peak_bytes - probe.written_bytes)
             samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch)
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
     return samples
+
+
+def _runs(probe: _Probe, meter: Meter, device: torch.device) -> bool:
+    """Run `probe` once, metered; False where the op refuses made-up values (a factorisation, an index check)."""
+    inputs = [_make(t, device) for t in probe.inputs]
+    try:
+        with meter.region():
+            outputs = probe.module(*inputs)
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    del outputs
+    return True
 
 
 def _make(like: Tensor, device: torch.device) -> Tensor:

@@ -57,7 +57,7 @@ def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str]) -> R
         raise PlanMismatch(f"the plan does not run {TURN!r} and {END!r}")
     writer.graph.lint()
     joint = fx.GraphModule(graph.module, writer.graph, f"{graph.name}Step")
-    forward, backward = _halves(graph, joint, turn, len(results))
+    forward, backward = _halves(graph, joint, turn.name, len(results), writer.made_views)
     return Rewritten(joint, forward, backward, len(results))
 
 
@@ -70,6 +70,7 @@ class _Writer:
         self.step = ""
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[int, set[fx.Node]] = defaultdict(set)
+        self.made_views: set[str] = set()
         self.encoded: dict[int, fx.Node] = {}
         self.used: set[str] = set()
         self.op_names = frozenset(op.name for op in graph.ops)
@@ -96,6 +97,7 @@ class _Writer:
             raise PlanMismatch(f"step {self.step!r} reads {node.name!r}, which is not live there")
         view = self.copy(node, node.name)
         self.env[node] = view
+        self.made_views.add(view.name)
         for s in storages:
             self.views[s].add(node)
         return view
@@ -140,20 +142,27 @@ class _Writer:
 
 
 def _halves(
-    graph: Graph, joint: fx.GraphModule, turn: fx.Node, outputs: int
+    graph: Graph, joint: fx.GraphModule, turn: str, outputs: int, views: set[str]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut the joint graph after `turn`; what the backward reads from before it is saved."""
+    """Cut the joint graph after node `turn`; what the backward reads from before it is saved.
+
+    A view is not saved: its base is, and the backward takes the view again.
+    """
     nodes = list(joint.graph.nodes)
     tangents = {t for t in graph.tangents if t is not None}
-    cut = next(i for i, n in enumerate(nodes) if n is turn or n.name == turn.name) + 1
+    cut = next(i for i, n in enumerate(nodes) if n.name == turn) + 1
     early = [n for n in nodes[:cut] if n.name not in tangents]
     late = [n for n in nodes[cut:] if n.op not in ("output", "placeholder")]
     results = joint.graph.output_node().args[0]
     assert isinstance(results, tuple)
     wanted = {a for n in late for a in n.all_input_nodes}
     wanted.update(n for n in results[outputs:] if isinstance(n, fx.Node))
-    saved = [n for n in early if n in wanted and n.op != "get_attr"]
-    constants = [n for n in early if n in wanted and n.op == "get_attr"]
+    again: list[fx.Node] = []
+    for node in reversed(early):
+        if node in wanted and (node.op == "get_attr" or node.name in views):
+            again.insert(0, node)
+            wanted.update(node.all_input_nodes)
+    saved = [n for n in early if n in wanted and n not in again]
 
     forward, env = fx.Graph(), {}
     for node in early:
@@ -166,7 +175,7 @@ def _halves(
     for node in nodes[:cut]:
         if node.name in tangents:
             env[node] = backward.placeholder(node.name)
-    for node in (*constants, *late):
+    for node in (*again, *late):
         env[node] = backward.node_copy(node, env.__getitem__)
     backward.output(tuple(env[n] if n is not None else None for n in results[outputs:]))
     return _boxed(joint, forward, "Forward"), _boxed(joint, backward, "Backward")

@@ -101,6 +101,8 @@ def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor
 
 def _output(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
     base = fresh[output.index] if output.source == "forward" else primals[output.index]
+    if output.detached and base.requires_grad:
+        base = base.detach()
     if output.view is None:
         return base
     size, stride, offset = output.view

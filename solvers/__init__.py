@@ -37,9 +37,9 @@ SOLVERS: dict[str, Callable[[Problem, Limits], Solution]] = {
 }
 
 DESCRIPTIONS: dict[str, str] = {
-    "auto": "keep_all if it fits, else greedy, then ilp for the time left; infeasible only below the least peak",
+    "auto": "keep_all if it fits, else greedy, then ilp for the time left; proves what ilp proves",
     "keep_all": "every op once; proves that the program fits or does not, nothing about other plans",
-    "chen": "sqrt(n) segments of equal bytes (Chen et al. 2016), best segment count; proves nothing, no codecs",
+    "chen": "sqrt(n) segments of equal bytes (Chen et al. 2016), best count; proves nothing, no codecs",
     "greedy": "most memory for the time, then polish; seconds at any size, proves nothing",
     "ilp": "proves optimal or infeasible among plans with one recompute a value; cannot see two recomputes",
     "oracle": "proves optimal or infeasible among all schedules; only for problems of about 14 values",

@@ -17,8 +17,8 @@ ONE_RECOMPUTE = "one recompute a value, as late as possible"
 class WorkingSet:
     """No plan of class `ANY_PLAN` peaks below `peak_bytes`, because `op` must run; the parts add up to it.
 
-    `keep_bytes` are outputs and parameter gradients that stand at that moment, `read_bytes` what the op reads,
-    `other_bytes` what has to wait for a later op and can be neither recomputed nor encoded.
+    `keep_bytes` are outputs and parameter gradients that stand at that moment, `read_bytes` what the op
+    reads, `other_bytes` what has to wait for a later op and can be neither recomputed nor encoded.
     """
 
     peak_bytes: int
@@ -34,7 +34,7 @@ class WorkingSet:
 def working_set(problem: Problem, units: Units | None = None) -> WorkingSet:
     """Return the largest working set of any op of the program, and what it is made of."""
     units = units or build_units(problem)
-    level = units.base_bytes + _needed(problem, units)
+    level = units.floor_bytes + _needed(problem, units)
     t = int(np.argmax(level))
     return _parts(problem, t, int(level[t]))
 
@@ -67,7 +67,9 @@ def _needed(problem: Problem, units: Units) -> np.ndarray[tuple[int], np.dtype[n
     for t in range(problem.turn + 1, n):
         options = [problem.program[t], *alternatives.get(problem.program[t], [])]
         own = problem.ops[options[0]].workspace_bytes
-        extra[t] += min(_unit_reads(problem, units, o, pinned) + problem.ops[o].workspace_bytes - own for o in options)
+        extra[t] += min(
+            _unit_reads(problem, units, o, pinned) + problem.ops[o].workspace_bytes - own for o in options
+        )
     return extra
 
 

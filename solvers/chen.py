@@ -1,7 +1,7 @@
 """Chen et al. 2016: keep about sqrt(n) values at even distances in bytes, drop what lies between.
 
-The segments of the paper, with our restores: a dropped value comes back right before it is needed, not with its
-whole segment. Every segment count is tried and simulated.
+The segments of the paper, with our restores: a dropped value comes back right before it is needed, not with
+its whole segment. Every segment count is tried and simulated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Why a plan does not fit: a small set of fates that alone reach the bytes seen. Exact, so a valid cut.
 
-The epoch rows see the moments at which program ops run. What happens between them (restores, encodes) is exact
+The epoch rows see the moments at which program ops run. What happens between them (restores, encodes) is
+exact
 only in `simulate`; when that refuses a plan which the rows allow, the cut found here excludes the reason.
 """
 
@@ -10,7 +11,7 @@ from solvers.epochs import Cut
 from solvers.evaluate import Fates, restore_times, to_schedule
 from solvers.problem import OpId, ValueId
 from solvers.simulate import Usage, live_at
-from solvers.units import Units
+from solvers.units import Units, rewrites
 
 
 def explain(units: Units, fates: Fates, usage: Usage, above_bytes: int) -> Cut:
@@ -21,12 +22,15 @@ def explain(units: Units, fates: Fates, usage: Usage, above_bytes: int) -> Cut:
     position, needed = reason.place(schedule, step)
     parts = reason.parts(live_at(units.problem, schedule, step), position)
     reached = usage.peak_bytes - sum(size for size, _ in parts)
+    parts = [(size, because) for size, because in parts if because]
     # Few reasons first, then many bytes: what one fate alone holds makes the strongest cut.
     for size, because in sorted(parts, key=lambda p: (len(p[1] - needed), -p[0])):
         if reached > above_bytes:
             break
         reached += size
         needed = needed | because
+    if reached <= above_bytes:
+        needed, reached = frozenset(range(len(units.units))), usage.peak_bytes
     return tuple((a, int(fates[a])) for a in sorted(needed) if len(units.units[a].fates) > 1), reached
 
 
@@ -44,7 +48,7 @@ class _Reason:
         self.encoding = {e: a for a, u in enumerate(units.units) for e in u.fates[fates[a]].encoded}
 
     def timing(self, a: int) -> frozenset[int]:
-        """The units whose fates fix when unit a is restored: itself, its readers, and theirs while they restore."""
+        """The units whose fates fix when unit a is restored: itself, its readers, and so on."""
         seen: set[int] = set()
         todo = [a]
         while todo:
@@ -57,7 +61,7 @@ class _Reason:
         return frozenset(seen)
 
     def place(self, schedule: tuple[OpId, ...], step: int) -> tuple[int, frozenset[int]]:
-        """The program position a step belongs to or precedes, and the units without which it would not exist."""
+        """The program position a step belongs to or precedes, and the units that put it there."""
         problem, at = self.units.problem, 0
         alternatives = {
             o: q for a, u in enumerate(self.units.units) for q, o in u.fates[self.fates[a]].instead
@@ -98,11 +102,20 @@ class _Reason:
                 fate = self.units.units[a].fates[self.fates[a]]
                 fixed = position <= fate.encoded_until or not fate.decodes
                 found.append((size[v], frozenset({a}) if fixed else self.timing(a)))
+            elif v in self.units.soft:
+                a, h = self.units.soft[v]
+                if position > h.last_forward:
+                    found.append((size[v], self._unless_rewritten(a, v)))
             elif v in self.units.unit_of:
                 part = self._part(v, position)
                 if part is not None:
                     found.append((size[v], part))
         return found
+
+    def _unless_rewritten(self, a: int, v: ValueId) -> frozenset[int]:
+        """Unit a's fate holds v, unless its restore writes v again (no units: do not count on v)."""
+        again = v in rewrites(self.units.problem, self.units.units[a].fates[self.fates[a]])
+        return frozenset() if again else frozenset({a})
 
     def _part(self, v: ValueId, position: int) -> frozenset[int] | None:
         a = self.units.unit_of[v]
@@ -110,6 +123,8 @@ class _Reason:
         held = next(h for h in fate.held if h.value == v)
         if position <= held.last_forward:
             return None
+        if not held.dropped and not self._unless_rewritten(a, v):
+            return frozenset()
         if position <= held.last_backward and (not held.dropped or fate.first_read < position):
             return frozenset({a})
         if not held.dropped:

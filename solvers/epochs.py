@@ -1,7 +1,9 @@
 """The epoch model: which fates satisfy the memory rows at chosen program positions, at least cost (CP-SAT).
 
-Only positions that can bind carry a memory row; between two rows the time of a restore is free, so leaving rows out is
-a relaxation and every bound stays valid. The formulation follows the checkpointing MILP of Jain et al. 2020 (Checkmate)
+Only positions that can bind carry a memory row; between two rows the time of a restore is free, so leaving
+rows out is
+a relaxation and every bound stays valid. The formulation follows the checkpointing MILP of Jain et al. 2020
+(Checkmate)
 restricted to one recompute a value (as Bartan et al. 2023, Moccasin, restrict theirs), aggregated over time.
 """
 
@@ -16,14 +18,15 @@ from ortools.sat.python import cp_model
 from solvers.evaluate import Fates
 from solvers.fates import Fate, Held
 from solvers.problem import ValueId
-from solvers.units import Units
+from solvers.units import Units, rewrites
 
 Term = tuple[cp_model.IntVar, int]
 Cut = tuple[tuple[tuple[int, int], ...], int]  # these (unit, fate) pairs together reach these bytes
 
 
 class EpochModel:
-    """`chosen[a][m]`: unit a has fate m. `restored[a, m]`: it is ever restored. `by[a, m][i]`: before row i's op runs.
+    """`chosen[a][m]`: unit a has fate m. `restored[a, m]`: it is ever restored. `by[a, m][i]`: before row
+    i's op runs.
 
     `rows` are the positions after the turn that carry a memory row, `forward` those up to the turn.
     """
@@ -41,6 +44,10 @@ class EpochModel:
         self.by: dict[tuple[int, int], list[cp_model.IntVar]] = {}
         self.readers: dict[ValueId, list[tuple[int, int]]] = {}
         self.peak: cp_model.IntVar | None = None
+        self.again = [[rewrites(units.problem, f) for f in u.fates] for u in units.units]
+        self.soft: dict[int, list[Held]] = {}
+        for a, h in units.soft.values():
+            self.soft.setdefault(a, []).append(h)
         self._variables()
         self._availability()
         self._clashes()
@@ -78,7 +85,7 @@ class EpochModel:
         self.restored[a, m], self.by[a, m] = restored, by
 
     def _deadlines(self) -> dict[tuple[int, int], int]:
-        """The position by which a fate's restore has surely run: its first read, or its readers' last deadline."""
+        """The position by which a restore has surely run: its first read, or its readers' deadline."""
         deadline: dict[tuple[int, int], int] = {}
         latest: dict[ValueId, int] = {}
         for a in reversed(range(len(self.units.units))):
@@ -97,7 +104,7 @@ class EpochModel:
         return by[i] if i < len(by) else self.restored[a, m]
 
     def _available(self, v: ValueId, i: int) -> list[cp_model.IntVar]:
-        """The literals of which one must hold for v to be there at row i (or ever, when i is past the rows)."""
+        """The literals of which one must hold for v to be there at row i (past the rows: ever)."""
         a = self.units.unit_of[v]
         literals = []
         for m, fate in enumerate(self.units.units[a].fates):
@@ -123,7 +130,7 @@ class EpochModel:
 
     def _memory(self, budget_bytes: int | None) -> None:
         """At each row: what is always there, plus what the fates hold, is within the budget (or the peak)."""
-        base = self.units.base_bytes
+        base = self.units.floor_bytes
         if budget_bytes is None:
             top = int(base.max()) + sum(self.units.problem.value_bytes)
             self.peak = self.model.new_int_var(int(base.max()), top, "peak")
@@ -141,13 +148,15 @@ class EpochModel:
         terms: list[Term] = []
         waiting: set[ValueId] = set()
         for m, fate in enumerate(self.units.units[a].fates):
-            for h in fate.held:
+            again = self.again[a][m]
+            for h in (*fate.held, *self.soft.get(a, ())):
                 if t <= h.last_forward:
                     continue
                 if t > h.last_backward:
                     waiting.add(h.value)
                 elif not h.dropped:
                     terms.append((self.chosen[a][m], h.size_bytes))
+                    terms.extend(self._rewritten(a, m, h, i) if h.value in again else ())
                 elif i >= 0 and fate.restore:
                     terms.append((self._by(a, m, i), h.size_bytes))
             terms.extend((self.chosen[a][m], more) for position, more in fate.swaps if position == t)
@@ -156,6 +165,11 @@ class EpochModel:
             if h.value in waiting:
                 terms.extend(self._waiting(h, t, i))
         return terms
+
+    def _rewritten(self, a: int, m: int, h: Held, i: int) -> list[Term]:
+        """A value that the restore writes again need not be there before it."""
+        gone = [(self.restored[a, m], -h.size_bytes)]
+        return gone if i < 0 else [*gone, (self._by(a, m, i), h.size_bytes)]
 
     def _encoding(self, a: int, m: int, fate: Fate, t: int, i: int) -> list[Term]:
         if fate.encode is None or t <= fate.encode_at:

@@ -1,7 +1,8 @@
 """One fate a unit -> times, cost, memory profile, schedule.
 
 Restores happen as late as possible: right before the first program op, or the first other restore, that reads
-what they bring back. One sweep over the units in reverse topological order finds every time. `profiles` does it
+what they bring back. One sweep over the units in reverse topological order finds every time. `profiles`
+does it
 for many fate vectors at once and is slightly pessimistic (it never reports less than `simulate` would);
 `to_schedule` is exact, and `simulate` judges it.
 """
@@ -25,11 +26,13 @@ CLASH_NS = 1 << 50  # added to the cost of a fate vector that asks two alternati
 def keep_everything(units: Units) -> Fates:
     """Return the fate vector that keeps every value the backward reads.
 
-    A helper (no backward read) is set to drop: nobody asks for it, so nothing is paid, and when another unit is
-    dropped later, keeping the helper for it is a choice and not the default.
+    A helper (no backward read) is set to drop: nobody asks for it, so nothing is paid, and when another
+    unit is dropped later, keeping the helper for it is a choice and not the default.
     """
     never = len(units.problem.program)
-    helper = [len(u.fates) > 1 and u.fates[1].name == "drop" and u.fates[1].first_read == never for u in units.units]
+    helper = [
+        len(u.fates) > 1 and u.fates[1].name == "drop" and u.fates[1].first_read == never for u in units.units
+    ]
     return np.array(helper, np.int16)
 
 
@@ -60,8 +63,8 @@ def _dropped(units: Units, a: int, m: int) -> tuple[ValueId, ...]:
 def to_schedule(units: Units, fates: Fates) -> Schedule:
     """Return the schedule that a fate vector means.
 
-    Encodes follow the last forward read of what they encode; restores stand right before the op that needs them, in
-    program order among themselves; alternatives stand in the place of the ops they replace.
+    Encodes follow the last forward read of what they encode; restores stand right before the op that needs
+    them, in program order among themselves; alternatives stand in the place of the ops they replace.
 
     Raises:
         ValueError: two chosen fates each want an alternative of their own for the same op.
@@ -148,7 +151,7 @@ class _Sweep:
                 if h.dropped:
                     time = np.minimum(time, self.need[self.slot[h.value], rows])
         for h in fate.held:
-            # A fate without a dropped value has no restore; a kept value of a dropping fate stays as under keep.
+            # A fate without a dropped value has no restore; a kept one stays as under keep.
             end = np.maximum(self.last[self.slot[h.value], rows], h.last_backward)
             start = time if h.dropped else np.full(len(rows), h.last_forward + 1)
             self._live(h.size_bytes, start, np.maximum(end, start - (0 if h.dropped else 1)), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from solvers.problem import Kind, OpId, Problem, ValueId
 
@@ -154,6 +154,7 @@ class FateMaker:
         fates = [] if decode is None else [self._codec(draft, v, encode, decode, ())]
         if instead:
             covered = {self.position[q] for q, _ in instead}
+            fates.append(self._beside(self._codec(draft, v, encode, None, instead)))
             left = [t for t in self.spans[v].backward if t not in covered]
             if decode is not None or draft.restore or not (left or v in self.wanted):
                 fates.append(self._codec(draft, v, encode, decode, instead))
@@ -204,6 +205,13 @@ class FateMaker:
                 (self.position[q], ops[o].workspace_bytes - ops[q].workspace_bytes) for q, o in instead
             ),
         )
+
+    def _beside(self, fate: Fate) -> Fate:
+        """Keep the value for its other readers, beside the encoding: some alternatives are faster, too."""
+        held = tuple(replace(h, dropped=False) for h in fate.held)
+        never = len(self.problem.program)
+        kept = replace(fate, name=fate.name + " (and kept)", held=held, first_read=never)
+        return replace(kept, restore=(), restore_ns=0, parents=(), transient_bytes=0)
 
     def _encode_at(self, encode: OpId) -> int:
         """Right after the last read before the turn: the turn itself is the user's code."""

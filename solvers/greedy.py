@@ -1,7 +1,9 @@
 """Greedy: from keep-all, the best memory for the time until it fits; then polish.
 
-Each step looks at flips of one unit to another fate and takes the largest reduction of the area above the budget
-per added nanosecond (the eviction score of Kirisame et al. 2021, DTR, made global: a flip is charged with everything
+Each step looks at flips of one unit to another fate and takes the largest reduction of the area above the
+budget
+per added nanosecond (the eviction score of Kirisame et al. 2021, DTR, made global: a flip is charged with
+everything
 that it makes necessary). Polish undoes flips that are not needed, and tries to undo one that pays for others.
 """
 
@@ -29,7 +31,7 @@ def solve_greedy(problem: Problem, limits: Limits) -> Solution:
     return search.answer(cost_floor(problem, units), ANY_PLAN)
 
 
-def improve(search: Search, units: Units, start: Fates, tries: int = 40) -> None:
+def improve(search: Search, units: Units, start: Fates, tries: int = 8) -> None:
     """Repair `start` until it fits, polish it, and offer what comes of it to `search`."""
     fates = repair(search, units, start)
     if fates is None:
@@ -104,7 +106,7 @@ def polish(search: Search, units: Units, fates: Fates) -> Fates:
 
 
 def exchange(search: Search, units: Units, fates: Fates, tries: int) -> Fates:
-    """Keep one unit that is not kept, repair what that breaks, polish; accept when cheaper. At most `tries`."""
+    """Keep one unit that is not kept, repair, polish; accept when cheaper. At most `tries`."""
     cost = int(profiles(units, fates[None, :]).cost_ns[0])
     price = np.array(
         [u.fates[m].restore_ns + u.fates[m].cost_ns for u, m in zip(units.units, fates, strict=True)]

@@ -1,6 +1,7 @@
 """The exact solver of the class `ONE_RECOMPUTE`: epoch rows and cuts, added until `simulate` agrees.
 
-Every round solves a relaxation (CP-SAT, integers all over), reads its fates, simulates them, and adds the positions
+Every round solves a relaxation (CP-SAT, integers all over), reads its fates, simulates them, and adds the
+positions
 at which they do not fit as rows, and what happens between positions as cuts. The bound of every round is
 therefore valid for the class, and a plan that fits and meets it is proven.
 """
@@ -25,11 +26,13 @@ from solvers.units import Units, build_units
 
 ROUNDS = 200
 NEW_ROWS = 10
+SLICE = 0.4  # of the time left, for one round
 LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
 
 
 def solve_ilp(problem: Problem, limits: Limits) -> Solution:
-    """Return the cheapest plan with one recompute a value, proven where time allows, and a bound for the class.
+    """Return the cheapest plan with one recompute a value, proven where time allows, and a bound for the
+    class.
 
     INFEASIBLE is a proof for the class, not for plans that recompute a value twice.
     """
@@ -47,7 +50,7 @@ def prove(search: Search, units: Units) -> Solution:
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
-        found = rounds.solve(search.limits, search.left(), search.fates)
+        found = rounds.solve(search.limits, max(SLICE * search.left(), 2.0), search.fates)
         if found.infeasible:
             if search.schedule is None:
                 return infeasible(search)
@@ -56,7 +59,7 @@ def prove(search: Search, units: Units) -> Solution:
         for fates in found.others:
             search.offer(to_schedule(units, fates), fates)
         if found.fates is None:
-            break
+            continue
         usage = search.offer(to_schedule(units, found.fates), found.fates)
         search.report()
         if usage.peak_bytes > search.problem.budget_bytes:
@@ -64,7 +67,7 @@ def prove(search: Search, units: Units) -> Solution:
             mend(search, units, found.fates)
         elif found.optimal and rounds.gap <= search.limits.gap / 2:
             break
-        else:
+        elif found.optimal:
             rounds.gap = search.limits.gap / 2
     return search.answer(search.bound_ns, ONE_RECOMPUTE)
 
@@ -92,7 +95,7 @@ def mend(search: Search, units: Units, fates: Fates) -> None:
 
 
 def start_rows(units: Units, *plans: Fates | None) -> set[int]:
-    """Return the positions that carry the first memory rows: evenly spaced ones, and the peaks of known plans."""
+    """Return the positions of the first memory rows: evenly spaced, and the peaks of known plans."""
     problem = units.problem
     n, turn = len(problem.program), problem.turn
     rows = {turn, *(int(t) for t in np.linspace(turn + 1, n - 1, 12))} if turn + 1 < n else {turn}
@@ -117,7 +120,7 @@ def peaks(level: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What one round brought: fates (None: nothing), the bound on the objective, other plans met on the way."""
+    """What one round brought: fates (None: nothing), bound on the objective, other plans met."""
 
     fates: Fates | None
     bound: float
@@ -172,7 +175,7 @@ class Rounds:
         return Found(fates, bound, False, optimal, objective, plans, _work(solver))
 
     def learn(self, fates: Fates, usage: Usage, limit_bytes: int) -> None:
-        """Add the rows at which the plan exceeds the limit, and a cut if rows alone would let it come back."""
+        """Add the rows at which the plan exceeds the limit, and a cut where rows do not suffice."""
         level = np.full(len(self.units.problem.program), -1, np.int64)
         last = -1
         schedule = to_schedule(self.units, fates)

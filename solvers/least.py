@@ -1,6 +1,7 @@
 """The least peak: how small a budget can a plan of class `ONE_RECOMPUTE` serve?
 
-Bisection with greedy repair finds a good plan; the epoch model with the peak as its objective improves and, where it
+Bisection with greedy repair finds a good plan; the epoch model with the peak as its objective improves and,
+where it
 can, proves it. Every limit here is a count, never the clock, so that the answer is the same on every run and
 `auto` may rely on it.
 """
@@ -40,22 +41,22 @@ class Least:
 
 
 def least_peak(problem: Problem, limits: Limits | None = None) -> Solution:
-    """Return the schedule with the smallest peak found, whatever the budget; OPTIMAL when proven for the class.
+    """Return the schedule with the smallest peak found, whatever the budget; OPTIMAL when proven for the
+    class.
 
     `lower_bound_ns` is the trivial bound on the cost; the peak is in `least_peak_bytes`.
     """
     limits = limits or Limits()
     units = build_units(problem)
-    least = find_least(problem, units, limits)
+    least = find_least(problem, limits)
     proven = least.peak_bytes <= least.bound_bytes
     status = Status.OPTIMAL if proven else Status.FEASIBLE
     floor = cost_floor(problem, units)
     return Solution(status, least.schedule, floor, ONE_RECOMPUTE, "least_peak", 0.0, least.peak_bytes)
 
 
-def find_least(problem: Problem, units: Units, limits: Limits) -> Least:
+def find_least(problem: Problem, limits: Limits) -> Least:
     """Return the least peak found; remembered, because every infeasible or tight budget asks for it again."""
-    del units  # derived from the problem; in the signature to say that the caller has them
     return _find(problem.with_budget(0), limits.seconds, limits.threads, limits.seed)
 
 
@@ -94,7 +95,7 @@ def _bisect(search: Search, units: Units, best: Least) -> Least:
 
 
 def _narrow(units: Units, best: Least, limits: Limits, work: float) -> Least:
-    """Bisect between bound and best peak: solve the epoch model at the middle, or prove that nothing fits there."""
+    """Bisect between bound and best peak: find a plan at the middle, or prove there is none."""
     rows, cuts = start_rows(units, _vector(best)), list[Cut]()
     low, share = best.bound_bytes, work / SLICES
     while work > 0 and best.peak_bytes - low > best.peak_bytes // 500:
@@ -109,7 +110,7 @@ def _narrow(units: Units, best: Least, limits: Limits, work: float) -> Least:
 
 
 def _probe(rounds: Rounds, best: Least, limits: Limits, work: float) -> tuple[float, Least, bool]:
-    """Look for a plan within the rounds' budget: (work spent, smallest peak met, proof that there is none)."""
+    """Look for a plan within the rounds' budget: (work spent, best met, proof that none fits)."""
     assert rounds.budget_bytes is not None
     spent = 0.0
     while spent < work and best.peak_bytes > rounds.budget_bytes:

@@ -1,6 +1,7 @@
 """The oracle: the true optimum over every schedule that `simulate` accepts. Exponential; for tests.
 
-A state is (how many of the run-once ops have run, which values are live). Dijkstra over running any op that may run
+A state is (how many of the run-once ops have run, which values are live). Dijkstra over running any op that
+may run
 and freeing any value finds the cheapest schedule, or, with the peak as the length of a path, the least peak.
 """
 
@@ -21,7 +22,7 @@ State = tuple[int, int]  # run-once ops done, live values as a bit mask
 
 
 def solve_oracle(problem: Problem, limits: Limits) -> Solution:
-    """Return the cheapest schedule of all, or proof that none fits; NOT_FOUND when the problem is too large."""
+    """Return the cheapest schedule of all, or proof that none fits; NOT_FOUND if too large."""
     search = Search(problem, limits, "oracle")
     path = _dijkstra(_Moves(problem), problem.budget_bytes, search)
     if path is None:

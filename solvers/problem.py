@@ -37,7 +37,8 @@ class Op:
     """One executable step: reads values, writes values, costs time and scratch memory.
 
     `repeatable` is False for an op that must run exactly once, in the program's order: it draws random
-    numbers, updates a buffer, or is the turn from forward to backward. `instead_of` names the program op whose
+    numbers, updates a buffer, or is the turn from forward to backward. `instead_of` names the program op
+    whose
     values (all or some) this op can also write: a BatchNorm without its statistics update, a backward op that
     reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
     """

@@ -10,12 +10,13 @@ from solvers.simulate import Usage, simulate
 
 
 class Search:
-    """One running search: knows the clock, keeps the cheapest plan that `simulate` accepts, reports progress."""
+    """One running search: the clock, the cheapest plan that `simulate` accepts, progress."""
 
     def __init__(self, problem: Problem, limits: Limits, solver: str) -> None:
         """Start the clock."""
         self.problem, self.limits, self.solver = problem, limits, solver
         self.started = time.monotonic()
+        self.share = 1.0  # of limits.seconds that the present stage may use
         self.schedule: Schedule | None = None
         self.fates: Fates | None = None
         self.cost_ns: int | None = None
@@ -30,7 +31,7 @@ class Search:
         """Return the seconds that remain; at most 0 when time is up or the caller cancelled."""
         if self.limits.cancelled is not None and self.limits.cancelled():
             return 0.0
-        return self.limits.seconds - self.seconds()
+        return self.share * self.limits.seconds - self.seconds()
 
     def offer(self, schedule: Schedule, fates: Fates | None = None) -> Usage:
         """Simulate a schedule, remember it if it is the best so far, and return its Usage."""

@@ -24,12 +24,14 @@ class Usage:
 def simulate(problem: Problem, schedule: Schedule) -> Usage:
     """Execute `schedule` on paper and return its Usage.
 
-    While step t runs, in use are: `fixed_bytes`, the workspace of its op, and every live value. A value is live
+    While step t runs, in use are: `fixed_bytes`, the workspace of its op, and every live value. A value is
+    live
     from the step that writes it to its last read before the next write (at least during the write itself);
     a value to keep is live from its last write to the end.
 
     Raises:
-        InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or runs
+        InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or
+        runs
             out of the program's order), or a value to keep is missing at the end.
     """
     _check_once(problem, schedule)

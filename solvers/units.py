@@ -1,7 +1,8 @@
 """Problem -> decision units: what may be kept, dropped or encoded, and what follows from each choice.
 
 A *unit* is one recomputable forward op with the values it restores, bundled; its *fates* are keep, drop
-(recompute once, as late as possible) or one of its codecs. A plan of the class that every solver here searches
+(recompute once, as late as possible) or one of its codecs. A plan of the class that every solver here
+searches
 is one fate a unit: the times follow (`evaluate`). Bundling and the contraction of helpers keep the optimum of
 the class: keeping a larger value that only serves to recompute a smaller one never pays.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from solvers.fates import Draft, Fate, FateMaker, Span, encoders, value_spans
+from solvers.fates import Draft, Fate, FateMaker, Held, Span, encoders, value_spans
 from solvers.problem import Kind, OpId, Problem, ValueId
 
 TINY = 20  # values of a bundle that make up less than one part in this many are statistics
@@ -39,9 +40,12 @@ class Unit:
 class Units:
     """The decision form of a Problem; `units` are in an order in which restores read only earlier units.
 
-    `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values outside
-    the units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of it that
-    only program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit, fate) holds.
+    `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values
+    outside
+    the units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of
+    it that
+    only program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit,
+    fate) holds.
     """
 
     problem: Problem
@@ -50,6 +54,10 @@ class Units:
     base_bytes: Int64
     own_bytes: Int64
     clashes: tuple[tuple[tuple[int, int], ...], ...]
+    soft: dict[
+        ValueId, tuple[int, Held]
+    ]  # undecided values that a unit's restore writes again, and which unit
+    floor_bytes: Int64  # base_bytes without the soft values after their last forward read
 
 
 def build_units(problem: Problem) -> Units:
@@ -63,13 +71,37 @@ def build_units(problem: Problem) -> Units:
     maker = FateMaker(problem, spans, drafts)
     units = [Unit(problem.value_names[d.values[0]], d.values, maker.fates(d)) for d in drafts]
     owned = {v for u in units for v in u.values}
-    # What a restore reads must stay until then, although nobody decides about it: units with the one fate keep.
+    # What a restore reads must stay until then, though nobody decides about it: units with one fate, keep.
     for v in sorted({p for u in units for f in u.fates for p in f.parents} - owned - problem.keep):
         units.append(Unit(problem.value_names[v], (v,), (maker.keep((v,)),)))
     ordered = _topological(units, spans)
     base, own = _base(problem, ordered, spans)
     unit_of = {v: a for a, u in enumerate(ordered) for v in u.values}
-    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered))
+    soft = _soft(problem, ordered, spans, unit_of)
+    floor = base.copy()
+    for _, h in soft.values():
+        floor[h.last_forward + 1 : h.last_backward + 1] -= h.size_bytes
+    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered), soft, floor)
+
+
+def rewrites(problem: Problem, fate: Fate) -> frozenset[ValueId]:
+    """Return the values that a fate leaves but its restore writes again: maybe gone before it."""
+    written = {v for o in fate.restore for v in problem.ops[o].writes}
+    return frozenset(written - {h.value for h in fate.held if h.dropped})
+
+
+def _soft(
+    problem: Problem, units: list[Unit], spans: dict[ValueId, Span], unit_of: dict[ValueId, int]
+) -> dict[ValueId, tuple[int, Held]]:
+    found = {}
+    for a, unit in enumerate(units):
+        for v in sorted(
+            {v for f in unit.fates for v in rewrites(problem, f)} - unit_of.keys() - problem.keep
+        ):
+            if spans[v].backward:
+                held = Held(v, problem.value_bytes[v], spans[v].last_forward, spans[v].backward[-1], False)
+                found[v] = (a, held)
+    return found
 
 
 def _recomputable(problem: Problem, spans: dict[ValueId, Span]) -> list[Draft]:
@@ -104,8 +136,8 @@ def _worth_dropping(
 ) -> tuple[ValueId, ...]:
     """What of an op's writes a unit decides about: not what must be kept, and no statistics beside a helper.
 
-    A normalisation's output is a helper, its mean and rstd are read in the backward but tiny. They stay; otherwise
-    they would tie the output to themselves, and it could not be contracted into its reader.
+    A normalisation's output is a helper, its mean and rstd are read in the backward but tiny. They stay;
+    otherwise they would tie the output to themselves, and it could not be contracted into its reader.
     """
     values = tuple(v for v in writes if v not in problem.keep)
     helpers = tuple(v for v in values if not spans[v].backward)
@@ -114,7 +146,7 @@ def _worth_dropping(
 
 
 def _contract(problem: Problem, drafts: list[Draft], spans: dict[ValueId, Span]) -> list[Draft]:
-    """Merge each helper (no backward read) into its only recompute reader if that is no larger; drop unread ones."""
+    """Merge each helper (no backward read) into its only reader if that is no larger."""
     owner = {v: i for i, d in enumerate(drafts) for v in d.values}
     readers: dict[int, set[int]] = {i: set() for i in range(len(drafts))}
     for i, d in enumerate(drafts):
@@ -122,28 +154,32 @@ def _contract(problem: Problem, drafts: list[Draft], spans: dict[ValueId, Span])
             if v in owner and owner[v] != i:
                 readers[owner[v]].add(i)
     alive = dict(enumerate(drafts))
+    helper = {i for i, d in alive.items() if not any(spans[v].backward for v in d.values)}
     # Backwards first: a helper that only unread helpers read is unread itself.
     for i in reversed(range(len(drafts))):
-        if not readers[i] and not any(spans[v].backward for v in drafts[i].values):
-            del alive[i]
-            for others in readers.values():
-                others.discard(i)
+        if not readers[i] and i in helper:
+            _redirect(alive, readers, i, None)
     merged = True
     while merged:
         merged = False
-        for i, d in list(alive.items()):
-            if len(readers[i]) != 1 or any(spans[v].backward for v in d.values):
+        for i in sorted(helper & alive.keys()):
+            if len(readers[i]) != 1:
                 continue
             (j,) = readers[i]
-            if _bytes(problem, d.values) >= _bytes(problem, drafts[j].values):
-                drafts[j].restore = d.restore + drafts[j].restore
-                del alive[i]
-                for others in readers.values():
-                    if i in others:
-                        others.discard(i)
-                        others.add(j)
+            if _bytes(problem, drafts[i].values) >= _bytes(problem, drafts[j].values):
+                drafts[j].restore = drafts[i].restore + drafts[j].restore
+                _redirect(alive, readers, i, j)
                 merged = True
     return list(alive.values())
+
+
+def _redirect(alive: dict[int, Draft], readers: dict[int, set[int]], i: int, j: int | None) -> None:
+    """Remove draft i; what it read is read by draft j (None: by nobody)."""
+    del alive[i]
+    for others in readers.values():
+        if i in others:
+            others.discard(i)
+            others |= set() if j is None else {j}
 
 
 def _topological(units: list[Unit], spans: dict[ValueId, Span]) -> list[Unit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,5 +124,5 @@ def test_more_budget_never_costs_more_at_size(seed: int) -> None:
     limits = Limits(seconds=20)
     found = [cost(at_share(problem, share), "auto", limits) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
     fitting = [c for c in found if c is not None]
-    for less, more in zip(fitting, fitting[1:], strict=False):
+    for less, more in pairwise(fitting):
         assert more <= less * (1 + limits.gap)

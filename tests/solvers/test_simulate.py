@@ -13,7 +13,7 @@ from tests.solvers.problems import random_problem
 
 
 def chain() -> Problem:
-    """x(4) -> a(8) -> b(2) -> turn -> t(1) -> b' reads a, t, writes g(3) -> a' reads x, g, writes h(5, kept)."""
+    """x(4) a(8) b(2) turn t(1); b' reads a, t, writes g(3); a' reads x, g, writes h(5, kept)."""
     ops = (
         Op("x", (), (0,), 10),
         Op("a", (0,), (1,), 20, workspace_bytes=6),
@@ -24,7 +24,9 @@ def chain() -> Problem:
         Op("pack", (1,), (6,), 7, kind=Kind.ENCODE),
         Op("unpack", (6,), (1,), 9, kind=Kind.DECODE),
     )
-    return Problem("chain", ops, (0, 1, 2, 3, 4, 5), 3, (4, 8, 2, 1, 3, 5, 1), tuple("xabtghe"), frozenset({5}), 100, 0)
+    return Problem(
+        "chain", ops, (0, 1, 2, 3, 4, 5), 3, (4, 8, 2, 1, 3, 5, 1), tuple("xabtghe"), frozenset({5}), 100, 0
+    )
 
 
 def test_keep_everything_by_hand() -> None:

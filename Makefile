@@ -1,0 +1,41 @@
+# Every target makes what it needs: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all lint bench fuzz clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "graphplan needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## train resnet18 on real digits inside a budget that plain PyTorch cannot meet
+	$(BIN)/graphplan demo
+
+test: $(READY) lint  ## ruff, mypy --strict, pytest: what CI runs
+	$(BIN)/pytest -m "not slow or ci"
+
+test-all: $(READY) lint  ## the slow tests too
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure the zoo at real sizes and rewrite the tables of the README
+	$(BIN)/python -m bench.zoo --write README.md
+
+fuzz: $(READY)  ## 10,000 random problems through every solver
+	FUZZ=10000 $(BIN)/pytest tests/solvers -m slow
+
+clean:
+	rm -rf $(VENV) demo_out .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,235 @@
+"""One process of `graphplan demo`: plans, or trains a few dozen steps, under a cap on its data segment if asked.
+
+It is started by `graphplan.cli.demo` with a request (JSON) as its one argument and writes one JSON object a line on
+standard output: `{"event": "progress", ...}` while it works and one `{"event": "result", ...}` at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphplan.device import Device
+from graphplan.errors import GraphplanError
+from graphplan.measure import measure, resident_bytes
+from graphplan.optimize import make_options, plan_model
+from graphplan.plan import Plan
+from graphplan.planned import PlannedModule
+
+SEED = 0
+SIDE = 32  # pixels, from the digits' own 8
+LEARNING_RATE = 0.05
+_REFUSALS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "bad allocation", "out of memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a worker is asked: `mode` is "plan", "eager" or "planned"; `allowance_bytes` 0 sets no cap."""
+
+    mode: str
+    batch: int
+    steps: int
+    budget: str
+    time_limit: float
+    out: str
+    allowance_bytes: int = 0
+    measured: bool = True
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits as training batches [batch, 3, 32, 32], in one fixed random order."""
+
+    def __init__(self, batch: int) -> None:
+        """Read the images that the library bundles."""
+        data = importlib.import_module("sklearn.datasets").load_digits()
+        self.images = torch.from_numpy(data.images).float() / 16
+        self.labels = torch.from_numpy(data.target).long()
+        self.order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(SEED))
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return images and labels of one training step; the order repeats after an epoch."""
+        start = step * self.batch
+        chosen = self.order[torch.arange(start, start + self.batch) % len(self.order)]
+        small = self.images[chosen][:, None] - 0.3
+        large = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+        images = large.repeat(1, 3, 1, 1).to(memory_format=torch.channels_last)
+        return images, self.labels[chosen]
+
+
+def build() -> nn.Module:
+    """Return ResNet-18 for 32x32 images and ten classes, the same weights in every process."""
+    torch.manual_seed(SEED)
+    model: nn.Module = importlib.import_module("models_zoo").resnet18(num_classes=10, small_input=True)
+    return model.to(memory_format=torch.channels_last)
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """Plan one training step; save the plan and this machine's profile in the output folder."""
+    model = build()
+    images, labels = Digits(request.batch)[0]
+    options = make_options(
+        request.budget, loss_fn=F.cross_entropy, example_targets=labels, time_limit=request.time_limit, report=_progress
+    )
+    _, prepared, made = plan_model(model, (images,), None, options)
+    made.save(Path(request.out, "plan.json"))
+    prepared.device.save(Path(request.out, "device.json"))
+    return {}
+
+
+def train(request: Request) -> dict[str, Any]:
+    """Train under the cap that is asked for; then, the cap lifted, measure one more step."""
+    model, digits = build(), Digits(request.batch)
+    images, labels = digits[0]
+    module = model if request.mode == "eager" else _planned(model, request, images, labels)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    resident = resident_bytes(model, images, labels)
+    del images, labels
+    _start_threads()
+    losses: list[float] = []
+    times: list[int] = []
+    with Cap(request.allowance_bytes - resident if request.allowance_bytes else None) as cap:
+        for index in range(request.steps):
+            _progress("training", index, request.steps)
+            start = time.perf_counter_ns()
+            losses.append(_train_step(module, optimizer, digits, index))
+            times.append(time.perf_counter_ns() - start)
+    result: dict[str, Any] = {"losses": losses, "step_ns": int(statistics.median(times[1:] or times or [0]))}
+    result.update(refusal=cap.refusal, cap_bytes=cap.cap_bytes, before_bytes=cap.before_bytes)
+    if request.measured and cap.refusal is None:
+        images, labels = digits[request.steps]
+        m = measure(module, (images,), F.cross_entropy, example_targets=labels, runs=1)
+        result.update(peak_bytes=m.peak_bytes, resident_bytes=m.resident_bytes, timeline=m.timeline)
+    return result
+
+
+def _train_step(module: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, index: int) -> float:
+    images, labels = digits[index]
+    optimizer.zero_grad()
+    loss = F.cross_entropy(module(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
+
+
+def _planned(model: nn.Module, request: Request, images: Tensor, labels: Tensor) -> nn.Module:
+    """Return the model executing the saved plan. The saved profile stands in for running every op once more."""
+    made = Plan.load(Path(request.out, "plan.json"))
+    device = Device.load(Path(request.out, "device.json"))
+    options = make_options(
+        made.budget_bytes, made.codecs or "none", device=device, loss_fn=F.cross_entropy, example_targets=labels
+    )
+    planned = PlannedModule(model, options, made)
+    if planned.prepare(images).steps != made.steps:
+        raise GraphplanError("the saved plan does not fit the graph captured here")
+    return planned
+
+
+class Cap:
+    """A limit on the process's data segment, set on entering and lifted on leaving; holds what the OS refused."""
+
+    def __init__(self, allowance_bytes: int | None) -> None:
+        """Allow `allowance_bytes` above what is mapped when the cap is entered; None: set no limit."""
+        self.allowance_bytes = allowance_bytes
+        self.before_bytes = 0
+        self.cap_bytes: int | None = None
+        self.refusal: str | None = None
+
+    def __enter__(self) -> Cap:
+        """Set the soft limit."""
+        gc.collect()
+        _return_free_memory()
+        self.before_bytes = data_bytes()
+        if self.allowance_bytes is not None:
+            self.cap_bytes = self.before_bytes + self.allowance_bytes
+            _limit_data(self.cap_bytes)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Lift it first, so that there is memory to report with; a refused allocation is an answer, not a failure."""
+        if self.cap_bytes is None:
+            return False
+        _limit_data(None)
+        if error is None or not is_refusal(error):
+            return False
+        self.refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no memory'}"
+        return True
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether `error` says that the operating system gave no memory."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _REFUSALS)
+
+
+def data_bytes() -> int:
+    """Return the size of this process's data segment: what RLIMIT_DATA limits (Linux)."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmData:"))
+    return int(line.split()[1]) * 1024
+
+
+def _limit_data(limit: int | None) -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard if limit is None else limit, hard))
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back, so that neither process starts with a hidden reserve."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _start_threads() -> None:
+    """Start torch's threads now: their stacks count as data, and are no tensor memory."""
+    x = torch.ones(4, 3, 256, 256, requires_grad=True)
+    F.conv2d(x, torch.ones(4, 3, 3, 3)).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _progress(stage: str, done: int, total: int) -> None:
+    _emit({"event": "progress", "stage": stage, "done": done, "total": total})
+
+
+def _emit(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def read_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield the messages among the lines that a worker wrote."""
+    for line in lines:
+        if line.startswith('{"event"'):
+            yield json.loads(line)
+
+
+def request_text(request: Request) -> str:
+    """Return the argument that starts a worker with this request."""
+    return json.dumps(asdict(request))
+
+
+def main() -> None:
+    """Do what the request asks and report the result; an error on purpose is reported as one line."""
+    request = Request(**json.loads(sys.argv[1]))
+    try:
+        result = plan(request) if request.mode == "plan" else train(request)
+    except GraphplanError as e:
+        result = {"error": str(e), "kind": type(e).__name__}
+    _emit({"event": "result", **result})
+
+
+if __name__ == "__main__":
+    main()
