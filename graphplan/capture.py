@@ -55,7 +55,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         UnsupportedModel: nothing is trainable, or a parameter is sparse, complex or not yet initialised.
         CaptureError: the model cannot be traced as one graph, or does not take these inputs.
     """
-    _check_model(model)
+    check_model(model)
     template, tensors = flatten_call(args, kwargs or {})
     if not any(t.requires_grad for t in (*model.parameters(), *tensors)):
         raise UnsupportedModel(
@@ -104,7 +104,7 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
-        except Exception as second:  # noqa: BLE001
+        except Exception as second:
             raise _explain(flat.model, first, second) from second
 
 
@@ -136,7 +136,8 @@ def _register_plain_tensors(module: nn.Module) -> None:
                 sub.register_buffer(name, value, persistent=False)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise UnsupportedModel for what could never be planned, naming the parameter."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, p in model.named_parameters():
@@ -158,7 +159,9 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
     words = f"{first} {second}"
     if "forward() " in words and "argument" in words:
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
-    elif any(w in words for w in ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent")):
+    elif any(
+        w in words for w in ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent")
+    ):
         lines.append(
             "  this line asks a tensor for a Python value (if, int(), .item(), boolean mask), so the graph depends on "
             "data; use torch.where or move the decision outside the model"
@@ -183,4 +186,3 @@ def _user_line(error: BaseException) -> str | None:
         return None
     source = linecache.getline(found.filename, found.lineno or 0).strip()
     return f"{found.filename}:{found.lineno} in {found.name}: {source}"
-

@@ -75,7 +75,8 @@ def widen_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
 def dropout_from_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Return native_dropout's output for the `mask` it drew: the same two products, no random number."""
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    return x.mul(mask).mul_(scale)
+    # This overload rounds the scale to x's dtype first, as native_dropout does; `mul_(scale)` does not.
+    return torch.ops.aten.mul_.Scalar(x.mul(mask), scale)  # type: ignore[no-any-return]
 
 
 def is_dense(x: Tensor) -> bool:

@@ -86,8 +86,13 @@ class Instructions:
 class Codec(Protocol):
     """Finds what it can encode in a graph. One file and one line in CODECS add one."""
 
-    name: str
-    exact: bool
+    @property
+    def name(self) -> str:
+        """The key in CODECS."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding gives back every bit."""
 
     def find(self, graph: Graph, first_id: int) -> tuple[list[Encoded], list[Instruction]]:
         """Return encoded storages (ids from `first_id` on) and the instructions that make and read them."""
@@ -148,7 +153,11 @@ def _turn(graph: Graph) -> Instruction:
     def emit(out: Emitter) -> None:
         for i, name in graph.mutations:
             placeholder = nodes[graph.primals[i].node]
-            out.call(aten.copy_.default, (out.load(placeholder), out.load(nodes[name])), f"{placeholder.name}__update")
+            out.call(
+                aten.copy_.default,
+                (out.load(placeholder), out.load(nodes[name])),
+                f"{placeholder.name}__update",
+            )
 
     return Instruction(TURN, "turn", None, _planned(graph, reads), writes, False, emit)
 
@@ -201,7 +210,8 @@ def _dropout_again(graph: Graph, op: GraphOp) -> Instruction | None:
 
     def emit(out: Emitter) -> None:
         out.store(
-            results[0], out.call(functions.dropout_from_mask, (out.load(x), out.load(results[1]), p), results[0].name)
+            results[0],
+            out.call(functions.dropout_from_mask, (out.load(x), out.load(results[1]), p), results[0].name),
         )
 
     writes = graph.storages_of[results[0].name]

@@ -30,6 +30,7 @@ class Prepared:
     device: Device
     codecs: tuple[str, ...]
     outside_bytes: int
+    loss_measured: bool
     problem: Problem
     baseline_peak_bytes: int
 
@@ -52,6 +53,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         minimum_peak_bytes=minimum_bytes,
         fixed_bytes=problem.fixed_bytes,
         outside_bytes=prepared.outside_bytes,
+        loss_measured=prepared.loss_measured,
         cost_ns=usage.cost_ns,
         baseline_cost_ns=problem.program_cost_ns(),
         lower_bound_ns=solution.lower_bound_ns,

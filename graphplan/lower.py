@@ -91,7 +91,9 @@ def gradient_copies_bytes(graph: Graph) -> int:
         if name is None:
             continue
         grad, param = nodes[name].meta["val"], nodes[primal.node].meta["val"]
-        shared = name in seen or any(graph.storages[s].kind is not StorageKind.GRADIENT for s in graph.storages_of[name])
+        shared = name in seen or any(
+            graph.storages[s].kind is not StorageKind.GRADIENT for s in graph.storages_of[name]
+        )
         seen.add(name)
         if shared or grad.stride() != param.stride():
             total += grad.numel() * grad.element_size()

@@ -73,7 +73,12 @@ def measure(
     resident = resident_bytes(module, example_inputs, kwargs, example_targets)
     timeline = tuple((t, resident + level) for t, level in reading.timeline)
     return Measurement(
-        resident + reading.peak_bytes, resident, int(statistics.median(times)), tuple(times), _rss_peak(), timeline
+        resident + reading.peak_bytes,
+        resident,
+        int(statistics.median(times)),
+        tuple(times),
+        _rss_peak(),
+        timeline,
     )
 
 
@@ -135,12 +140,12 @@ class _Marked(torch.autograd.Function):
     """Stands where the model's backward will: allocates a marker when the loss's gradients arrive."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.mark_non_differentiable(*(t for t in tensors if not t.requires_grad))
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         torch.empty(_MARKER_BYTES, dtype=torch.uint8)
         return (None,) * len(gradients)
 

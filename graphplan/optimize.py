@@ -92,7 +92,17 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
     problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
     baseline = simulate(problem, problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
-    return Prepared(graph, instructions, costs, device, options.codec_names, outside.peak_bytes, problem, baseline)
+    return Prepared(
+        graph=graph,
+        instructions=instructions,
+        profile=costs,
+        device=device,
+        codecs=options.codec_names,
+        outside_bytes=outside.peak_bytes,
+        loss_measured=options.loss_fn is not None,
+        problem=problem,
+        baseline_peak_bytes=baseline,
+    )
 
 
 def make_plan(prepared: Prepared, options: Options) -> Plan:
@@ -138,7 +148,11 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
     if usage.peak_bytes > prepared.problem.budget_bytes:
         return None
     solution = solvers.Solution(
-        solvers.Status.FEASIBLE, schedule, prepared.problem.program_cost_ns(), "any plan", f"{plan.solver} (carried)"
+        solvers.Status.FEASIBLE,
+        schedule,
+        prepared.problem.program_cost_ns(),
+        "any plan",
+        f"{plan.solver} (carried)",
     )
     return lift(prepared, solution, plan.minimum_peak_bytes)
 

@@ -50,6 +50,7 @@ class Plan:
     minimum_peak_bytes: int
     fixed_bytes: int
     outside_bytes: int
+    loss_measured: bool
     cost_ns: int
     baseline_cost_ns: int
     lower_bound_ns: int
@@ -145,7 +146,10 @@ class Plan:
         )
         unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"
         lines = [head, f"{unplanned}; least feasible {format_bytes(self.minimum_peak_bytes)} ({self.minimum_reason})"]
-        lines.append("p.grad is None when the step begins; " + f"{format_bytes(self.outside_bytes)} reserved for the loss")
+        how = "measured" if self.loss_measured else "three times the outputs: pass loss_fn to measure it"
+        lines.append(f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})")
+        if not self.measured:
+            lines.append("some ops were estimated, not measured: the peak may be off by their workspace")
         for fate, (n, total) in self.counts().items():
             lines.append(f"{fate:<10} {n:>5} activations {format_bytes(total):>12}")
         lines.append(f"at the peak, step {self.peak_step!r}:")

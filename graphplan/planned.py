@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphplan.capture import call_key, capture, flatten_call
+from graphplan.capture import call_key, capture, check_model, flatten_call
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.lift import Prepared
@@ -41,6 +41,7 @@ class PlannedModule(nn.Module):
     def __init__(self, model: nn.Module, options: Options, given: Plan | None = None) -> None:
         """Wrap `model`; `given` is a plan made elsewhere, used for the graph with its fingerprint."""
         super().__init__()
+        check_model(model)
         self.__dict__.update({name: getattr(model, name) for name in _SHARED})
         self.__dict__["_model"] = model
         self.training = model.training

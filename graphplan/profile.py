@@ -35,7 +35,12 @@ class Profile:
 
 
 def profile(
-    graph: Graph, instructions: Instructions, device: Device, *, run: bool = True, progress: Progress | None = None
+    graph: Graph,
+    instructions: Instructions,
+    device: Device,
+    *,
+    run: bool = True,
+    progress: Progress | None = None,
 ) -> Profile:
     """Return the Profile of `instructions`, measuring on this machine what `device` does not hold yet.
 
@@ -51,7 +56,9 @@ def profile(
     ]
     known = all(p is None or p.key in device.samples for p in probes)
     return Profile(
-        tuple(s.cost_ns if s else 0 for s in samples), tuple(s.workspace_bytes if s else 0 for s in samples), known
+        tuple(s.cost_ns if s else 0 for s in samples),
+        tuple(s.workspace_bytes if s else 0 for s in samples),
+        known,
     )
 
 
@@ -190,7 +197,7 @@ def _make(like: Tensor, device: torch.device) -> Tensor:
 
 def _time(run: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> int:
     """Return the median ns of one call, warm."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     run(*inputs)
     times: list[int] = []
     while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < ENOUGH_NS):

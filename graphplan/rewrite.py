@@ -81,10 +81,10 @@ class _Writer:
         self.step = step
 
     def finished(self) -> bool:
-        return next(iter(reversed(self.graph.nodes))).op == "output"
+        return bool(self.last().op == "output")
 
     def last(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+        return list(self.graph.nodes)[-1]
 
     def load(self, node: fx.Node) -> fx.Node:
         if node in self.env:
@@ -113,7 +113,7 @@ class _Writer:
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         args = fx.map_arg(node.args, self.load)
         kwargs = fx.map_arg(node.kwargs, self.load)
-        return self._create(node.op, node.target, args, kwargs, name, node)  # type: ignore[arg-type]
+        return self._create(node.op, node.target, args, kwargs, name, node)
 
     def store(self, node: fx.Node, value: fx.Node) -> None:
         for s in self.source.storages_of[node.name]:
@@ -131,7 +131,13 @@ class _Writer:
         return isinstance(parent, fx.Node) and parent.name in self.op_names
 
     def _create(
-        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, like: fx.Node | None
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str,
+        like: fx.Node | None,
     ) -> fx.Node:
         shown = f"{name}__recompute" if name in self.used else name
         self.used.add(name)
@@ -164,12 +170,14 @@ def _halves(
             wanted.update(node.all_input_nodes)
     saved = [n for n in early if n in wanted and n not in again]
 
-    forward, env = fx.Graph(), {}
+    env: dict[fx.Node, fx.Node] = {}
+    forward = fx.Graph()
     for node in early:
         env[node] = forward.node_copy(node, env.__getitem__)
     forward.output(tuple(env[n] for n in (*results[:outputs], *saved)))
 
-    backward, env = fx.Graph(), {}
+    env = {}
+    backward = fx.Graph()
     for node in saved:
         env[node] = backward.placeholder(f"saved_{node.name}")
     for node in nodes[:cut]:

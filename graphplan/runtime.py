@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphplan.build import resolve
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
+from graphplan.interface import resolve
 from graphplan.rewrite import Rewritten
 
 
@@ -42,7 +42,7 @@ class Step:
 
 class _Planned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:
         with torch._C._DisableAutocast():
             results = step.rewritten.forward(list(primals))
         outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
@@ -54,7 +54,7 @@ class _Planned(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackwardError(
                 "a planned step has no second derivative: backward(create_graph=True) needs the plain model"

@@ -14,7 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, type, range)
+_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    type,
+    range,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,8 @@ def _parse_text(text: str, baseline_bytes: int) -> int:
     if match is None:
         raise BudgetError(f"budget {text!r} is not a size; {_HELP}")
     number, unit = float(match[1]), match[2].lower()
+    if not math.isfinite(number):
+        raise BudgetError(f"budget {text!r} is not a size; {_HELP}")
     if unit == "%":
         if number > 100:
             raise BudgetError(f"budget {text!r} is more than the unplanned step uses; {_HELP}")

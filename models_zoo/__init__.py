@@ -111,8 +111,7 @@ MODELS: dict[str, Entry] = {
         example=vgg16_bn_example,
         example_small=vgg16_bn_example_small,
         loss=cross_entropy_loss,
-        source="Simonyan and Zisserman, "
-        "Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015",
+        source="Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015",
     ),
     "mobilenet_v2": Entry(
         name="mobilenet_v2",

@@ -117,9 +117,7 @@ class Bert(nn.Module):
         return logits
 
 
-def masked_batch(
-    batch: int | None = None, seed: int = 0, *, default_batch: int, context: int, vocab: int
-) -> Example:
+def masked_batch(batch: int | None = None, seed: int = 0, *, default_batch: int, context: int, vocab: int) -> Example:
     """Return tokens and attention mask, and as targets the masked tokens, each [batch, context]."""
     count = default_batch if batch is None else batch
     source = generator(seed)

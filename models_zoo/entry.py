@@ -36,9 +36,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def image_batch(
-    batch: int | None = None, seed: int = 0, *, default_batch: int, size: int, classes: int
-) -> Example:
+def image_batch(batch: int | None = None, seed: int = 0, *, default_batch: int, size: int, classes: int) -> Example:
     """Return images [batch, 3, size, size] with one class label each [batch]."""
     count = default_batch if batch is None else batch
     source = generator(seed)

@@ -101,9 +101,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def token_batch(
-    batch: int | None = None, seed: int = 0, *, default_batch: int, context: int, vocab: int
-) -> Example:
+def token_batch(batch: int | None = None, seed: int = 0, *, default_batch: int, context: int, vocab: int) -> Example:
     """Return tokens [batch, context] and the tokens after them [batch, context], both inputs of the model."""
     count = default_batch if batch is None else batch
     text = torch.randint(vocab, (count, context + 1), generator=generator(seed))

@@ -36,9 +36,7 @@ class LSTMLanguageModel(nn.Module):
         super().__init__()
         self.hidden = hidden
         self.embedding = nn.Embedding(vocab, embed)
-        self.cells = nn.ModuleList(
-            LSTMCell(embed if index == 0 else hidden, hidden) for index in range(layers)
-        )
+        self.cells = nn.ModuleList(LSTMCell(embed if index == 0 else hidden, hidden) for index in range(layers))
         self.head = nn.Linear(hidden, vocab)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
@@ -58,9 +56,7 @@ class LSTMLanguageModel(nn.Module):
         return logits
 
 
-def next_token_batch(
-    batch: int | None = None, seed: int = 0, *, default_batch: int, steps: int, vocab: int
-) -> Example:
+def next_token_batch(batch: int | None = None, seed: int = 0, *, default_batch: int, steps: int, vocab: int) -> Example:
     """Return tokens [batch, steps] with the tokens after them [batch, steps] as targets."""
     count = default_batch if batch is None else batch
     text = torch.randint(vocab, (count, steps + 1), generator=generator(seed))

@@ -123,16 +123,12 @@ class ResNet(nn.Module):
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, small_input: bool = False) -> ResNet:
     """Return ResNet-18, images [N, in_channels, H, W] to logits [N, num_classes]."""
-    return ResNet(
-        BasicBlock, (2, 2, 2, 2), num_classes=num_classes, in_channels=in_channels, small_input=small_input
-    )
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, in_channels=in_channels, small_input=small_input)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, small_input: bool = False) -> ResNet:
     """Return ResNet-50, images [N, in_channels, H, W] to logits [N, num_classes]."""
-    return ResNet(
-        Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels, small_input=small_input
-    )
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels, small_input=small_input)
 
 
 def resnet18_small() -> ResNet:

@@ -40,9 +40,7 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder, images [N, C, H, W] of sides divisible by 2^depth to logits [N, classes, H, W]."""
 
-    def __init__(
-        self, *, num_classes: int = 2, in_channels: int = 3, base_channels: int = 32, depth: int = 4
-    ) -> None:
+    def __init__(self, *, num_classes: int = 2, in_channels: int = 3, base_channels: int = 32, depth: int = 4) -> None:
         """Make the two halves, with `base_channels` at full resolution and twice as many after each step."""
         super().__init__()
         widths = [base_channels * 2**level for level in range(depth + 1)]

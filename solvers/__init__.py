@@ -81,9 +81,7 @@ def _check(problem: Problem, solution: Solution) -> None:
             f"{solution.solver} answered with {usage.peak_bytes} bytes for a budget of {problem.budget_bytes}"
         )
     if solution.lower_bound_ns > usage.cost_ns:
-        raise SolverBroken(
-            f"{solution.solver} bounds its own plan of {usage.cost_ns} ns by {solution.lower_bound_ns}"
-        )
+        raise SolverBroken(f"{solution.solver} bounds its own plan of {usage.cost_ns} ns by {solution.lower_bound_ns}")
 
 
 __all__ = [

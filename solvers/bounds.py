@@ -67,9 +67,7 @@ def _needed(problem: Problem, units: Units) -> np.ndarray[tuple[int], np.dtype[n
     for t in range(problem.turn + 1, n):
         options = [problem.program[t], *alternatives.get(problem.program[t], [])]
         own = problem.ops[options[0]].workspace_bytes
-        extra[t] += min(
-            _unit_reads(problem, units, o, pinned) + problem.ops[o].workspace_bytes - own for o in options
-        )
+        extra[t] += min(_unit_reads(problem, units, o, pinned) + problem.ops[o].workspace_bytes - own for o in options)
     return extra
 
 

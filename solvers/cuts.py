@@ -63,9 +63,7 @@ class _Reason:
     def place(self, schedule: tuple[OpId, ...], step: int) -> tuple[int, frozenset[int]]:
         """The program position a step belongs to or precedes, and the units that put it there."""
         problem, at = self.units.problem, 0
-        alternatives = {
-            o: q for a, u in enumerate(self.units.units) for q, o in u.fates[self.fates[a]].instead
-        }
+        alternatives = {o: q for a, u in enumerate(self.units.units) for q, o in u.fates[self.fates[a]].instead}
         program = {o: t for t, o in enumerate(problem.program)}
         passed = -1
         for s in range(step + 1):

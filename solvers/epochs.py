@@ -31,9 +31,7 @@ class EpochModel:
     `rows` are the positions after the turn that carry a memory row, `forward` those up to the turn.
     """
 
-    def __init__(
-        self, units: Units, rows: Iterable[int], forward: Iterable[int], budget_bytes: int | None
-    ) -> None:
+    def __init__(self, units: Units, rows: Iterable[int], forward: Iterable[int], budget_bytes: int | None) -> None:
         """Build every variable and row; without a budget the peak is minimised instead of the cost."""
         self.units, self.model = units, cp_model.CpModel()
         self.rows, self.forward = sorted(rows), sorted(forward)

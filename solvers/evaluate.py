@@ -30,9 +30,7 @@ def keep_everything(units: Units) -> Fates:
     unit is dropped later, keeping the helper for it is a choice and not the default.
     """
     never = len(units.problem.program)
-    helper = [
-        len(u.fates) > 1 and u.fates[1].name == "drop" and u.fates[1].first_read == never for u in units.units
-    ]
+    helper = [len(u.fates) > 1 and u.fates[1].name == "drop" and u.fates[1].first_read == never for u in units.units]
     return np.array(helper, np.int16)
 
 
@@ -196,8 +194,6 @@ class _Sweep:
         level = np.cumsum(self.delta[: self.n], axis=0)
         level += self.units.base_bytes[:, None]
         workspace = np.array([self.units.problem.ops[o].workspace_bytes for o in self.units.problem.program])
-        before = np.where(
-            self.burst[: self.n] > 0, level - self.units.own_bytes[:, None] + self.burst[: self.n], 0
-        )
+        before = np.where(self.burst[: self.n] > 0, level - self.units.own_bytes[:, None] + self.burst[: self.n], 0)
         after = np.where(self.encode > 0, level - workspace[:, None] + self.encode, 0)
         return Profiles(self.cost, np.maximum(level, np.maximum(before, after)))

@@ -118,9 +118,7 @@ class FateMaker:
         """Return the fate that keeps `values` until their last backward read."""
         spans, size = self.spans, self.problem.value_bytes
         last = [max(spans[v].backward, default=-1) for v in values]
-        held = tuple(
-            Held(v, size[v], spans[v].last_forward, b, False) for v, b in zip(values, last, strict=True)
-        )
+        held = tuple(Held(v, size[v], spans[v].last_forward, b, False) for v, b in zip(values, last, strict=True))
         return Fate("keep", held, first_read=len(self.problem.program))
 
     def drop(self, draft: Draft, keep: Fate, covered: tuple[int, ...]) -> Fate:
@@ -201,9 +199,7 @@ class FateMaker:
             encoded_until=max(covered, default=-1),
             decodes=decode is not None,
             instead=instead,
-            swaps=tuple(
-                (self.position[q], ops[o].workspace_bytes - ops[q].workspace_bytes) for q, o in instead
-            ),
+            swaps=tuple((self.position[q], ops[o].workspace_bytes - ops[q].workspace_bytes) for q, o in instead),
         )
 
     def _beside(self, fate: Fate) -> Fate:

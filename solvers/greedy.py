@@ -108,9 +108,7 @@ def polish(search: Search, units: Units, fates: Fates) -> Fates:
 def exchange(search: Search, units: Units, fates: Fates, tries: int) -> Fates:
     """Keep one unit that is not kept, repair, polish; accept when cheaper. At most `tries`."""
     cost = int(profiles(units, fates[None, :]).cost_ns[0])
-    price = np.array(
-        [u.fates[m].restore_ns + u.fates[m].cost_ns for u, m in zip(units.units, fates, strict=True)]
-    )
+    price = np.array([u.fates[m].restore_ns + u.fates[m].cost_ns for u, m in zip(units.units, fates, strict=True)])
     for a in np.argsort(-price, kind="stable")[:tries]:
         if fates[a] == 0 or search.left() <= 0:
             continue

@@ -179,9 +179,7 @@ class Rounds:
         level = np.full(len(self.units.problem.program), -1, np.int64)
         last = -1
         schedule = to_schedule(self.units, fates)
-        originals = {
-            o: q for u, m in zip(self.units.units, fates, strict=True) for q, o in u.fates[m].instead
-        }
+        originals = {o: q for u, m in zip(self.units.units, fates, strict=True) for q, o in u.fates[m].instead}
         program = self.units.problem.program
         inserted = True
         for step, o in enumerate(schedule):

@@ -195,9 +195,7 @@ def _check_ids(problem: Problem) -> None:
 
 
 def _check_program(problem: Problem) -> None:
-    optional = {
-        i for i, op in enumerate(problem.ops) if op.instead_of is not None or op.kind is not Kind.COMPUTE
-    }
+    optional = {i for i, op in enumerate(problem.ops) if op.instead_of is not None or op.kind is not Kind.COMPUTE}
     if sorted(problem.program) != [i for i in range(len(problem.ops)) if i not in optional]:
         raise MalformedProblem("program is not a permutation of the ops that are not optional")
     if not 0 <= problem.turn < len(problem.program):
@@ -210,9 +208,7 @@ def _check_program(problem: Problem) -> None:
                 raise MalformedProblem(f"op {o} {op.name!r} reads value {v} before it is written")
         for v in op.writes:
             if v in written:
-                raise MalformedProblem(
-                    f"op {o} {op.name!r} writes value {v}, which another program op writes"
-                )
+                raise MalformedProblem(f"op {o} {op.name!r} writes value {v}, which another program op writes")
         written.update(op.writes)
     if not problem.keep <= written:
         raise MalformedProblem("a value to keep is never written by the program")

@@ -81,9 +81,7 @@ def _lifespans(problem: Problem, schedule: Schedule) -> list[tuple[ValueId, int,
             current[v] = (t, t)
     for v in sorted(problem.keep):
         if v not in current:
-            raise InvalidSchedule(
-                f"value {v} {problem.value_names[v]!r} must be live at the end, but is never written"
-            )
+            raise InvalidSchedule(f"value {v} {problem.value_names[v]!r} must be live at the end, but is never written")
         current[v] = (current[v][0], len(schedule) - 1)
     spans.extend((v, start, last) for v, (start, last) in current.items())
     return spans
@@ -99,11 +97,7 @@ def _check_once(problem: Problem, schedule: Schedule) -> None:
         return
     for i, o in enumerate(ran):
         if i >= len(once) or once[i] != o:
-            expected = (
-                f"expected op {once[i]} {problem.ops[once[i]].name!r}"
-                if i < len(once)
-                else "expected no more"
-            )
+            expected = f"expected op {once[i]} {problem.ops[once[i]].name!r}" if i < len(once) else "expected no more"
             raise InvalidSchedule(
                 f"op {o} {problem.ops[o].name!r} must run exactly once and in the program's order; {expected}"
             )

@@ -54,9 +54,7 @@ class Units:
     base_bytes: Int64
     own_bytes: Int64
     clashes: tuple[tuple[tuple[int, int], ...], ...]
-    soft: dict[
-        ValueId, tuple[int, Held]
-    ]  # undecided values that a unit's restore writes again, and which unit
+    soft: dict[ValueId, tuple[int, Held]]  # undecided values that a unit's restore writes again, and which unit
     floor_bytes: Int64  # base_bytes without the soft values after their last forward read
 
 
@@ -95,9 +93,7 @@ def _soft(
 ) -> dict[ValueId, tuple[int, Held]]:
     found = {}
     for a, unit in enumerate(units):
-        for v in sorted(
-            {v for f in unit.fates for v in rewrites(problem, f)} - unit_of.keys() - problem.keep
-        ):
+        for v in sorted({v for f in unit.fates for v in rewrites(problem, f)} - unit_of.keys() - problem.keep):
             if spans[v].backward:
                 held = Held(v, problem.value_bytes[v], spans[v].last_forward, spans[v].backward[-1], False)
                 found[v] = (a, held)
@@ -131,9 +127,7 @@ def _recomputable(problem: Problem, spans: dict[ValueId, Span]) -> list[Draft]:
     return drafts
 
 
-def _worth_dropping(
-    problem: Problem, spans: dict[ValueId, Span], writes: tuple[ValueId, ...]
-) -> tuple[ValueId, ...]:
+def _worth_dropping(problem: Problem, spans: dict[ValueId, Span], writes: tuple[ValueId, ...]) -> tuple[ValueId, ...]:
     """What of an op's writes a unit decides about: not what must be kept, and no statistics beside a helper.
 
     A normalisation's output is a helper, its mean and rstd are read in the backward but tiny. They stay;

@@ -1,0 +1,40 @@
+"""The command line: `graphplan plan | show | diff | run | check | solvers | models | demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from graphplan.cli import demo, plan_commands, run_commands
+from graphplan.cli.output import EXIT_CODES
+
+app = typer.Typer(
+    name="graphplan",
+    help="Train a PyTorch model inside a byte budget.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan_commands.plan,
+    "show": plan_commands.show_plan,
+    "diff": plan_commands.diff,
+    "run": run_commands.run,
+    "check": run_commands.check,
+    "solvers": plan_commands.list_solvers,
+    "models": plan_commands.list_models,
+    "demo": demo.demo,
+}
+for _name, _function in COMMANDS.items():
+    app.command(_name, epilog=EXIT_CODES)(_function)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+__all__ = ["COMMANDS", "app", "main"]

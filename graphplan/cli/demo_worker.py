@@ -1,11 +1,12 @@
-"""One process of `graphplan demo`: plans, or trains a few dozen steps, under a cap on its data segment if asked.
+"""One process of `graphplan demo`: plans, or trains a few dozen steps, its data segment capped if asked.
 
-It is started by `graphplan.cli.demo` with a request (JSON) as its one argument and writes one JSON object a line on
-standard output: `{"event": "progress", ...}` while it works and one `{"event": "result", ...}` at the end.
+It is started by `graphplan.cli.demo` with a request (JSON) as its one argument and writes one JSON object a
+line on standard output: `{"event": "progress", ...}` while it works, one `{"event": "result", ...}` at the end.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import importlib
@@ -23,16 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphplan.device import Device
-from graphplan.errors import GraphplanError
+from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
 from graphplan.optimize import make_options, plan_model
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 
 SEED = 0
+PAIR_EVERY = 4  # steps; the step times of both are compared next to each other
 SIDE = 32  # pixels, from the digits' own 8
-LEARNING_RATE = 0.05
-_REFUSALS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "bad allocation", "out of memory")
+LEARNING_RATE = 0.02
+_REFUSALS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Request:
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits as training batches [batch, 3, 32, 32], in one fixed random order."""
+    """scikit-learn's 1,797 handwritten digits as batches [batch, 3, 32, 32], in one fixed random order."""
 
     def __init__(self, batch: int) -> None:
         """Read the images that the library bundles."""
@@ -74,7 +82,10 @@ def build() -> nn.Module:
     """Return ResNet-18 for 32x32 images and ten classes, the same weights in every process."""
     torch.manual_seed(SEED)
     model: nn.Module = importlib.import_module("models_zoo").resnet18(num_classes=10, small_input=True)
-    return model.to(memory_format=torch.channels_last)
+    for p in model.parameters():
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def plan(request: Request) -> dict[str, Any]:
@@ -82,7 +93,11 @@ def plan(request: Request) -> dict[str, Any]:
     model = build()
     images, labels = Digits(request.batch)[0]
     options = make_options(
-        request.budget, loss_fn=F.cross_entropy, example_targets=labels, time_limit=request.time_limit, report=_progress
+        request.budget,
+        loss_fn=F.cross_entropy,
+        example_targets=labels,
+        time_limit=request.time_limit,
+        report=_progress,
     )
     _, prepared, made = plan_model(model, (images,), None, options)
     made.save(Path(request.out, "plan.json"))
@@ -93,22 +108,24 @@ def plan(request: Request) -> dict[str, Any]:
 def train(request: Request) -> dict[str, Any]:
     """Train under the cap that is asked for; then, the cap lifted, measure one more step."""
     model, digits = build(), Digits(request.batch)
-    images, labels = digits[0]
-    module = model if request.mode == "eager" else _planned(model, request, images, labels)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    resident = resident_bytes(model, images, labels)
-    del images, labels
+    module = model if request.mode == "eager" else _planned(model, request, digits)
+    rival = _rival(model, request, digits) if request.mode == "eager" and request.measured else None
+    resident = resident_bytes(model, *digits[0])
     _start_threads()
     losses: list[float] = []
     times: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     with Cap(request.allowance_bytes - resident if request.allowance_bytes else None) as cap:
         for index in range(request.steps):
             _progress("training", index, request.steps)
-            start = time.perf_counter_ns()
-            losses.append(_train_step(module, optimizer, digits, index))
-            times.append(time.perf_counter_ns() - start)
+            loss, ns = _train_step(module, optimizer, digits[index])
+            losses.append(loss)
+            times.append(ns)
+            if rival is not None and index % PAIR_EVERY == 1:
+                pairs.append((ns, rival(digits[index])))
     result: dict[str, Any] = {"losses": losses, "step_ns": int(statistics.median(times[1:] or times or [0]))}
-    result.update(refusal=cap.refusal, cap_bytes=cap.cap_bytes, before_bytes=cap.before_bytes)
+    result.update(refusal=cap.refusal, cap_bytes=cap.cap_bytes, before_bytes=cap.before_bytes, pairs=pairs)
     if request.measured and cap.refusal is None:
         images, labels = digits[request.steps]
         m = measure(module, (images,), F.cross_entropy, example_targets=labels, runs=1)
@@ -116,21 +133,40 @@ def train(request: Request) -> dict[str, Any]:
     return result
 
 
-def _train_step(module: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, index: int) -> float:
-    images, labels = digits[index]
-    optimizer.zero_grad()
+def _rival(model: nn.Module, request: Request, digits: Digits) -> Callable[[tuple[Tensor, Tensor]], int]:
+    """Return what times one planned step on a copy of the model, beside an unplanned one."""
+    planned = _planned(copy.deepcopy(model), request, digits)
+    optimizer = torch.optim.SGD(planned.parameters(), lr=LEARNING_RATE)
+    _train_step(planned, optimizer, digits[0])
+
+    def timed(batch: tuple[Tensor, Tensor]) -> int:
+        return _train_step(planned, optimizer, batch)[1]
+
+    return timed
+
+
+def _train_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> tuple[float, int]:
+    """Return the loss of one training step, and its ns."""
+    start = time.perf_counter_ns()
+    images, labels = batch
     loss = F.cross_entropy(module(images), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss.item()
+    optimizer.zero_grad()
+    return loss.item(), time.perf_counter_ns() - start
 
 
-def _planned(model: nn.Module, request: Request, images: Tensor, labels: Tensor) -> nn.Module:
-    """Return the model executing the saved plan. The saved profile stands in for running every op once more."""
+def _planned(model: nn.Module, request: Request, digits: Digits) -> nn.Module:
+    """Return the model executing the saved plan; the saved profile spares running every op once more."""
+    images, labels = digits[0]
     made = Plan.load(Path(request.out, "plan.json"))
     device = Device.load(Path(request.out, "device.json"))
     options = make_options(
-        made.budget_bytes, made.codecs or "none", device=device, loss_fn=F.cross_entropy, example_targets=labels
+        made.budget_bytes,
+        made.codecs or "none",
+        device=device,
+        loss_fn=F.cross_entropy,
+        example_targets=labels,
     )
     planned = PlannedModule(model, options, made)
     if planned.prepare(images).steps != made.steps:
@@ -139,7 +175,7 @@ def _planned(model: nn.Module, request: Request, images: Tensor, labels: Tensor)
 
 
 class Cap:
-    """A limit on the process's data segment, set on entering and lifted on leaving; holds what the OS refused."""
+    """A limit on the process's data segment from entering to leaving; holds what the OS refused."""
 
     def __init__(self, allowance_bytes: int | None) -> None:
         """Allow `allowance_bytes` above what is mapped when the cap is entered; None: set no limit."""
@@ -159,13 +195,14 @@ class Cap:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Lift it first, so that there is memory to report with; a refused allocation is an answer, not a failure."""
+        """Lift the limit, so that there is memory to report with; a refused allocation is an answer."""
         if self.cap_bytes is None:
             return False
         _limit_data(None)
         if error is None or not is_refusal(error):
             return False
-        self.refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no memory'}"
+        said = (str(error).splitlines() or ["no memory"])[0].rpartition("err == 0. ")[2]
+        self.refusal = f"{type(error).__name__}: {said}"
         return True
 
 
@@ -228,6 +265,8 @@ def main() -> None:
         result = plan(request) if request.mode == "plan" else train(request)
     except GraphplanError as e:
         result = {"error": str(e), "kind": type(e).__name__}
+        if isinstance(e, InfeasibleBudget):
+            result.update(minimum_bytes=e.minimum_bytes, binding_op=e.binding_op)
     _emit({"event": "result", **result})
 
 

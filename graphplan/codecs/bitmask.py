@@ -22,7 +22,8 @@ class Bitmask:
 
     def find(self, graph: Graph, first_id: int) -> tuple[list[Encoded], list[Instruction]]:
         """Return an encoding for every dense bool activation."""
-        encoded, made = [], []
+        encoded: list[Encoded] = []
+        made: list[Instruction] = []
         for node, storage in saved_nodes(graph):
             val = node.meta["val"]
             if val.dtype is not torch.bool or not functions.is_dense(val) or val.numel() < 8:

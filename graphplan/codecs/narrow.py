@@ -33,7 +33,8 @@ class Narrow:
 
     def find(self, graph: Graph, first_id: int) -> tuple[list[Encoded], list[Instruction]]:
         """Return an encoding for the indices of every max-pool."""
-        encoded, made = [], []
+        encoded: list[Encoded] = []
+        made: list[Instruction] = []
         for node, storage in saved_nodes(graph):
             dtype = _narrowest(node)
             val = node.meta["val"]
@@ -52,7 +53,7 @@ def _narrowest(node: fx.Node) -> torch.dtype | None:
         return None
     pool = node.args[0]
     assert isinstance(pool, fx.Node)
-    dims = _POOLS.get(pool.target)  # type: ignore[arg-type]
+    dims = next((d for op, d in _POOLS.items() if op is pool.target), None)
     if dims is None or node.meta["val"].dtype is not torch.int64:
         return None
     plane = math.prod(pool.args[0].meta["val"].shape[-dims:])  # type: ignore[union-attr]

@@ -78,9 +78,7 @@ def test_no_solver_beats_the_oracle(block: int) -> None:
             answer = solve(problem, name, EXACT)
             if answer.schedule is not None:
                 assert oracle.schedule is not None
-                assert (
-                    simulate(problem, oracle.schedule).cost_ns <= simulate(problem, answer.schedule).cost_ns
-                )
+                assert simulate(problem, oracle.schedule).cost_ns <= simulate(problem, answer.schedule).cost_ns
         reached, lowest = least_peak(problem, EXACT).least_peak_bytes, oracle_least_peak(problem)
         assert reached is not None
         assert lowest is not None

@@ -24,9 +24,7 @@ def chain() -> Problem:
         Op("pack", (1,), (6,), 7, kind=Kind.ENCODE),
         Op("unpack", (6,), (1,), 9, kind=Kind.DECODE),
     )
-    return Problem(
-        "chain", ops, (0, 1, 2, 3, 4, 5), 3, (4, 8, 2, 1, 3, 5, 1), tuple("xabtghe"), frozenset({5}), 100, 0
-    )
+    return Problem("chain", ops, (0, 1, 2, 3, 4, 5), 3, (4, 8, 2, 1, 3, 5, 1), tuple("xabtghe"), frozenset({5}), 100, 0)
 
 
 def test_keep_everything_by_hand() -> None:

@@ -1,0 +1,174 @@
+"""Normalise a joint fx graph in place: ties, mutated inputs, batch norm's oddities, forward before backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphplan.graph import StorageKind, tensors_of
+from graphplan.interface import Interface, resolve
+
+aten = torch.ops.aten
+
+
+def normalise(module: fx.GraphModule, interface: Interface, model: nn.Module) -> set[fx.Node]:
+    """Rewrite the graph of `module` into the form that `build_graph` names, and return its backward nodes."""
+    graph = module.graph
+    _drop_batch_norm_statistics(graph)
+    _mend_mixed_batch_norm(graph)
+    _merge_tied(graph, interface, model)
+    backward = _split(graph, interface)
+    _clone_mutated(graph, interface, backward)
+    interface.rename()
+    _write_results(graph, interface)
+    graph.eliminate_dead_code(is_impure_node=_is_effect)
+    module.recompile()
+    return backward
+
+
+def _drop_batch_norm_statistics(graph: fx.Graph) -> None:
+    """Keep BatchNorm's backward from reading running statistics that the forward mutates.
+
+    In training mode it ignores their values, but takes the parameters' dtype from them: the saved batch
+    statistics, which it reads anyway, stand in.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm_backward.default):
+        if node.args[7] is True:
+            node.args = (*node.args[:3], *node.args[5:7], *node.args[5:])
+
+
+def _mend_mixed_batch_norm(graph: fx.Graph) -> None:
+    """Give BatchNorm's saved statistics the parameters' dtype: torch's fake kernel says the input's (bfloat16)."""
+    for node in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_functional.default):
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or not node.meta["val"][0].is_cpu:
+            continue
+        dtype = weight.meta["val"].dtype
+        node.meta["val"] = tuple(v.to(dtype) if i in (1, 2) else v for i, v in enumerate(node.meta["val"]))
+        for item in node.users:
+            item.meta["val"] = node.meta["val"][item.args[1]]
+
+
+def _merge_tied(graph: fx.Graph, interface: Interface, model: nn.Module) -> None:
+    """Let one placeholder stand for each parameter, however many names it has.
+
+    Its gradients are added in place, as autograd's own accumulation does: the sum needs no third copy.
+    """
+    first: dict[int, int] = {}
+    stands_for: list[int] = []
+    for i, (primal, node) in enumerate(interface.primals):
+        tensor = resolve(model, primal.path) if primal.kind is StorageKind.PARAMETER else None
+        j = first.setdefault(id(tensor), i) if tensor is not None else i
+        stands_for.append(j)
+        if i == j:
+            continue
+        node.replace_all_uses_with(interface.primals[j][1])
+        graph.erase_node(node)
+        mine, other = interface.gradients[i], interface.gradients[j]
+        if mine is not None and other is not None:
+            interface.gradients[j] = _add_in_place(graph, other, mine)
+        elif mine is not None:
+            interface.gradients[j] = mine
+    interface.keep_primals(stands_for)
+
+
+def _add_in_place(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    with graph.inserting_after(max(a, b, key=lambda n: order[n])):
+        total = graph.call_function(aten.add_.Tensor, (a, b))
+    total.meta.update(val=a.meta["val"], graphplan_in_place=True)
+    return total
+
+
+def _split(graph: fx.Graph, interface: Interface) -> set[fx.Node]:
+    """Return the backward nodes, after moving every forward node in front of them.
+
+    Backward is what depends on a tangent, and what was traced after it without being needed by a forward result.
+    """
+    tainted = {t for t in interface.tangents if t is not None}
+    needed = _ancestors(interface.forward_results())
+    backward: set[fx.Node] = set()
+    started = False
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if any(a in tainted for a in node.all_input_nodes):
+            tainted.add(node)
+            started = True
+        if started and node not in needed:
+            backward.add(node)
+    anchor: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node in backward and anchor is None:
+            anchor = node
+        elif anchor is not None and node.op in ("call_function", "get_attr") and node not in backward:
+            anchor.prepend(node)
+    return backward
+
+
+def _ancestors(nodes: Iterable[Any]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [n for n in nodes if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _clone_mutated(graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
+    """Where the backward reads the old value of something the forward mutates, keep a copy of the old value."""
+    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    for primal, node in interface.primals:
+        readers = [u for u in _view_readers(node) if u in backward] if primal.mutated else []
+        if not readers or first is None:
+            continue
+        with graph.inserting_before(first):
+            copy = graph.call_function(aten.clone.default, (node,))
+        copy.meta["val"] = node.meta["val"].clone()
+        for user in [u for u in node.users if u is not copy]:
+            user.replace_input_with(node, copy)
+
+
+def _view_readers(node: fx.Node) -> set[fx.Node]:
+    """Return every node that reads `node`'s storage, through views too."""
+    base = {t.untyped_storage()._cdata for t in tensors_of(node)}
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user in found:
+            continue
+        found.add(user)
+        if any(t.untyped_storage()._cdata in base for t in tensors_of(user)):
+            stack.extend(user.users)
+    return found
+
+
+def _write_results(graph: fx.Graph, interface: Interface) -> None:
+    """Return one flat tuple: forward outputs, new buffer values, gradients."""
+    old = graph.output_node()
+    with graph.inserting_before(old):
+        graph.output((*interface.forward_results(), *interface.gradients))
+    graph.erase_node(old)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Return whether running `node` draws from a random stream."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    schema = node.target._schema  # type: ignore[union-attr]
+    for i, arg in enumerate(schema.arguments):
+        if arg.name == "dropout_p":
+            p = node.args[i] if i < len(node.args) else node.kwargs.get(arg.name, arg.default_value)
+            return bool(p != 0.0)
+    return True
+
+
+def _is_effect(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or is_random(node)

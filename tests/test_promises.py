@@ -1,0 +1,83 @@
+"""The promises, on every zoo model at several budgets between the least feasible and the unplanned peak."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+import graphplan
+import solvers
+from models_zoo import MODELS, Entry
+
+FRACTIONS = (0.0, 0.1, 0.5, 0.9, 1.0)
+SECONDS = 6.0
+
+
+def loss_of(entry: Entry, targets: object) -> object:
+    """Return the zoo's loss in the form that `optimize` takes."""
+    return entry.loss if targets is not None else (lambda outputs: entry.loss(outputs, None))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_promise(name: str) -> None:
+    entry = MODELS[name]
+    model, example = entry.build_small(), entry.example_small()
+    loss = {"loss_fn": loss_of(entry, example.targets), "example_targets": example.targets}
+
+    def plan_at(budget: int | str, device: graphplan.Device | None) -> graphplan.PlannedModule:
+        return graphplan.optimize(model, budget, example.inputs, device=device, time_limit=SECONDS, **loss)
+
+    first = plan_at("100%", None)
+    device = first.device_profile
+    least, top = first.plan.minimum_peak_bytes, first.plan.baseline_peak_bytes
+    assert least < top
+    plans = []
+    for f in FRACTIONS:
+        budget = least + int(f * (top - least))
+        planned = plan_at(budget, device)
+        # 1 and 2: the measured peak, gradients, outputs, buffers and the RNG stream; raises on a breach.
+        report = graphplan.verify(planned, model, example.inputs, **loss)
+        assert report.peak_bytes <= budget
+        assert 0.99 <= report.peak_bytes / planned.plan.peak_bytes <= 1.01
+        plans.append(planned.plan)
+    # 3: more budget never costs more predicted time, beyond what each search left unproven.
+    for tight, roomy in pairwise(plans):
+        slack = 1e-4 if roomy.status == "optimal" else roomy.gap + 1e-4
+        assert roomy.cost_ns <= tight.cost_ns * (1 + slack)
+    assert any(d.fate != "keep" for d in plans[0].decisions.values())
+    # 4: below the least feasible peak the error says what would do.
+    with pytest.raises(graphplan.InfeasibleBudget) as caught:
+        plan_at(int(0.9 * least), device)
+    assert 0.9 * least < caught.value.minimum_bytes <= least
+    assert caught.value.binding_op in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet18", "gpt"])
+@pytest.mark.parametrize("solver", [s for s in solvers.SOLVERS if s != "oracle"])
+def test_every_solver_keeps_the_promises(name: str, solver: str) -> None:
+    entry = MODELS[name]
+    model, example = entry.build_small(), entry.example_small()
+    loss = {"loss_fn": loss_of(entry, example.targets), "example_targets": example.targets}
+    try:
+        planned = graphplan.optimize(model, "85%", example.inputs, solver=solver, time_limit=SECONDS, **loss)
+    except graphplan.InfeasibleBudget:
+        assert solver in ("keep_all", "chen")  # they cannot aim at a budget
+        return
+    graphplan.verify(planned, model, example.inputs, **loss)
+
+
+@pytest.mark.parametrize("codecs", ["none", "exact", ("bitmask",), ("narrow", "relu_mask")])
+def test_every_choice_of_codecs_is_exact(codecs: str | tuple[str, ...]) -> None:
+    entry = MODELS["vgg16_bn"]
+    model, example = entry.build_small(), entry.example_small()
+    loss = {"loss_fn": entry.loss, "example_targets": example.targets}
+    plan = graphplan.optimize(model, "100%", example.inputs, codecs=codecs, time_limit=SECONDS, **loss).plan
+    planned = graphplan.optimize(
+        model, plan.minimum_peak_bytes, example.inputs, codecs=codecs, time_limit=SECONDS, **loss
+    )
+    graphplan.verify(planned, model, example.inputs, **loss)
+    used = {d.codec for d in planned.plan.decisions.values() if d.codec}
+    assert used <= set(planned.plan.codecs)
+    if codecs == "exact":
+        assert used
