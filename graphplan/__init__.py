@@ -14,6 +14,7 @@ from graphplan.errors import (
     UnsupportedModel,
 )
 from graphplan.measure import Measurement, measure
+from graphplan.pareto import pareto
 from graphplan.plan import Decision, Plan
 from graphplan.planned import PlannedModule, apply, optimize
 from graphplan.verify import Report, verify
@@ -40,5 +41,6 @@ __all__ = [
     "apply",
     "measure",
     "optimize",
+    "pareto",
     "verify",
 ]

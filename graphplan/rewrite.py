@@ -84,7 +84,8 @@ class _Writer:
         return bool(self.last().op == "output")
 
     def last(self) -> fx.Node:
-        return list(self.graph.nodes)[-1]
+        nodes: list[fx.Node] = list(self.graph.nodes)
+        return nodes[-1]
 
     def load(self, node: fx.Node) -> fx.Node:
         if node in self.env:
@@ -185,7 +186,7 @@ def _halves(
             env[node] = backward.placeholder(node.name)
     for node in (*again, *late):
         env[node] = backward.node_copy(node, env.__getitem__)
-    backward.output(tuple(env[n] if n is not None else None for n in results[outputs:]))
+    backward.output(tuple(env[n] if isinstance(n, fx.Node) else None for n in results[outputs:]))
     return _boxed(joint, forward, "Forward"), _boxed(joint, backward, "Backward")
 
 

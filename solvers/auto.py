@@ -7,17 +7,20 @@ Never worse than its own greedy stage, and without a plan exactly when the budge
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
-from solvers.evaluate import Fates, keep_everything, to_schedule
+from solvers.evaluate import Fates, fates_of, keep_everything, to_schedule
 from solvers.greedy import improve, polish
 from solvers.ilp import closed, prove
-from solvers.least import find_least
+from solvers.least import Least, find_least
 from solvers.problem import Limits, Problem, Solution, Status
 from solvers.search import Search
 from solvers.units import Units, build_units
 
+MOMENT = 0.5  # seconds that the least peak always has
 GREEDY_SHARE = 0.3  # of the time, before the exact solver has its turn
 
 
@@ -33,17 +36,27 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)
     search.share = GREEDY_SHARE
+    offer_known(search, units)
     improve(search, units, start, tries=0)
-    stuck = search.schedule is None and search.left() > 0
     search.share = 1.0
-    if stuck and not _from_least(search, units):
+    if search.schedule is None and not _from_least(search, units):
         return _without_plan(search, ONE_RECOMPUTE)
-    solution = prove(search, units)
-    if solution.schedule is not None:
-        return solution
-    if solution.status is not Status.INFEASIBLE and _from_least(search, units):
-        return search.answer(search.bound_ns, ONE_RECOMPUTE)
-    return _without_plan(search, ONE_RECOMPUTE, proven=solution.status is Status.INFEASIBLE)
+    return prove(search, units)
+
+
+def offer_known(search: Search, units: Units) -> None:
+    """Offer the schedules that the caller knows, and what polish makes of those that fit.
+
+    Raises:
+        InvalidSchedule: one of them is no schedule of this problem.
+    """
+    for schedule in search.limits.known:
+        usage = search.offer(schedule)
+        fates = fates_of(units, schedule)
+        if usage.peak_bytes <= search.problem.budget_bytes and fates is not None:
+            if search.schedule == schedule:
+                search.fates = fates
+            relax(search, units, fates)
 
 
 def relax(search: Search, units: Units, fates: Fates) -> None:
@@ -54,7 +67,7 @@ def relax(search: Search, units: Units, fates: Fates) -> None:
 
 def _from_least(search: Search, units: Units) -> bool:
     """Offer the plan of the least peak, polished; return whether it fits."""
-    least = find_least(search.problem, search.limits)
+    least = _least(search)
     if least.peak_bytes > search.problem.budget_bytes:
         return False
     fates = np.array(least.fates, np.int16)
@@ -63,8 +76,12 @@ def _from_least(search: Search, units: Units) -> bool:
     return True
 
 
+def _least(search: Search) -> Least:
+    return find_least(search.problem, replace(search.limits, seconds=max(MOMENT, search.clock())))
+
+
 def _without_plan(search: Search, bound_class: str, proven: bool = False) -> Solution:
-    least = find_least(search.problem, search.limits)
+    least = _least(search)
     proven = proven or bound_class == ANY_PLAN or least.bound_bytes > search.problem.budget_bytes
     status = Status.INFEASIBLE if proven else Status.NOT_FOUND
     bound = search.bound_ns or 0

@@ -89,6 +89,24 @@ def to_schedule(units: Units, fates: Fates) -> Schedule:
     return tuple(schedule)
 
 
+def fates_of(units: Units, schedule: Schedule) -> Fates | None:
+    """Return the fate vector that means `schedule`; None when no vector does."""
+    ran = set(schedule)
+    turn = schedule.index(units.problem.program[units.problem.turn])
+    again = set(schedule[turn + 1 :])
+    fates = keep_everything(units)
+    for a, unit in enumerate(units.units):
+        for m, fate in enumerate(unit.fates):
+            asked = [o for o in (fate.encode, *(o for _, o in fate.instead)) if o is not None]
+            # The longest description wins: a codec with a restore before one without.
+            if (asked or fate.restore) and ran.issuperset(asked) and again.issuperset(fate.restore):
+                fates[a] = m
+    try:
+        return fates if to_schedule(units, fates) == schedule else None
+    except ValueError:
+        return None
+
+
 def exact(units: Units, fates: Fates) -> Usage:
     """Return what `simulate` says about the schedule of a fate vector."""
     return simulate(units.problem, to_schedule(units, fates))

@@ -18,6 +18,8 @@ from solvers.search import Search
 from solvers.units import Int64, Units, build_units
 
 POOL = 48  # flips looked at again in every step; all of them are, whenever the pool runs dry
+STRIDE = 8  # of that many flips at most one is taken in one step
+MISSES = 4  # flips that no longer help, before polish evaluates all of them again
 CELLS = 1_000_000  # plans x positions evaluated at once
 
 
@@ -65,43 +67,108 @@ def try_flips(units: Units, fates: Fates, pairs: Int64, budget: int) -> tuple[In
 def repair(search: Search, units: Units, start: Fates, budget: int | None = None) -> Fates | None:
     """Flip until the plan fits the budget; None when no single flip helps any more."""
     budget = search.problem.budget_bytes if budget is None else budget
-    fates = start.copy()
-    now = profiles(units, fates[None, :])
-    cost, area = int(now.cost_ns[0]), float(now.excess(budget)[0])
-    pool, fresh = flips(units, fates), True
-    while area > 0 and search.left() > 0 and len(pool):
-        costs, areas, _ = try_flips(units, fates, pool, budget)
-        score = (area - areas) / np.maximum(costs - cost, 1)
+    fates = descend(search, units, start, budget)
+    return fates if profiles(units, fates[None, :]).excess(budget)[0] <= 0 else None
+
+
+def descend(search: Search, units: Units, start: Fates, budget: int) -> Fates:
+    """Flip until the plan fits the budget or no single flip helps; return the plan of least peak on the way.
+
+    Flips that kept their promise together are doubled, so that a thousand of them take few evaluations.
+    """
+    walk = _Walk(search, units, start.copy(), budget)
+    pool, fresh, several = flips(units, start), True, 1
+    while walk.area > 0 and search.left() > 0 and len(pool):
+        costs, areas, peaks = walk.look(pool)
+        score = (walk.area - areas) / np.maximum(costs - walk.cost, 1)
         order = np.argsort(-score, kind="stable")
-        best = order[0]
-        if areas[best] >= area:
+        if areas[order[0]] >= walk.area:
             if fresh:
-                return None
-            pool, fresh = flips(units, fates), True
+                break
+            pool, fresh = flips(units, walk.fates), True
             continue
-        a, m = pool[best]
-        fates[a], cost, area = m, int(costs[best]), float(areas[best])
+        took = several > 1 and walk.take(
+            pool[order[:several]], walk.area - (walk.area - areas[order[:several]]).sum() / 2
+        )
+        if not took:
+            i, several = order[0], 1
+            walk.step(pool[i], int(costs[i]), float(areas[i]), int(peaks[i]))
+        taken = pool[order[:several], 0]
+        several = min(2 * several, len(order) // STRIDE + 1)
         fresh = len(pool) <= POOL // 4
-        pool = flips(units, fates) if fresh else pool[order[1 : POOL + 1]]
-        pool = pool[pool[:, 0] != a]
-    return fates if area <= 0 else None
+        pool = flips(units, walk.fates) if fresh else pool[order[: POOL + len(taken)]]
+        pool = pool[~np.isin(pool[:, 0], taken)]
+    return walk.best
 
 
-def polish(search: Search, units: Units, fates: Fates) -> Fates:
-    """Take the flip that saves most time and still fits, until there is none."""
-    budget = search.problem.budget_bytes
+class _Walk:
+    """A plan on its way down: its cost, area above the budget, and the least peak met."""
+
+    def __init__(self, search: Search, units: Units, fates: Fates, budget: int) -> None:
+        self.search, self.units, self.budget = search, units, budget
+        self.best, self.best_peak = fates, np.iinfo(np.int64).max
+        self.fates, self.cost, self.area = fates, 0, 0.0
+        self._stand(fates)
+
+    def _stand(self, fates: Fates) -> None:
+        now = profiles(self.units, fates[None, :])
+        self.search.spend(evaluation(self.units, 1))
+        self.fates, self.cost, self.area = fates, int(now.cost_ns[0]), float(now.excess(self.budget)[0])
+        self._remember(int(now.peak_bytes()[0]))
+
+    def _remember(self, peak: int) -> None:
+        if peak < self.best_peak:
+            self.best, self.best_peak = self.fates.copy(), peak
+
+    def look(self, pool: Int64) -> tuple[Int64, np.ndarray, Int64]:
+        """Cost, area and peak after each flip of the pool."""
+        self.search.spend(evaluation(self.units, len(pool)))
+        return try_flips(self.units, self.fates, pool, self.budget)
+
+    def step(self, flip: Int64, cost: int, area: float, peak: int) -> None:
+        """Take one flip whose outcome is known."""
+        self.fates[flip[0]], self.cost, self.area = flip[1], cost, area
+        self._remember(peak)
+
+    def take(self, some: Int64, at_most: float) -> bool:
+        """Take several flips at once if they leave `at_most` this area; return whether they do."""
+        before = self.fates, self.cost, self.area
+        fates = self.fates.copy()
+        fates[some[:, 0]] = some[:, 1]
+        self._stand(fates)
+        if self.area <= at_most:
+            return True
+        self.fates, self.cost, self.area = before
+        return False
+
+
+def evaluation(units: Units, plans: int) -> float:
+    """Return what evaluating so many plans costs, in the unit of `Search.spend`."""
+    return 25e-6 * len(units.units) + 1.2e-7 * plans * len(units.problem.program)
+
+
+def polish(search: Search, units: Units, fates: Fates, budget: int | None = None) -> Fates:
+    """Take the flips that save most time and still fit, until there are none."""
+    budget = search.problem.budget_bytes if budget is None else budget
     cost = int(profiles(units, fates[None, :]).cost_ns[0])
-    while search.left() > 0:
-        pairs = flips(units, fates)
+    improved = True
+    while improved and search.left() > 0:
+        pairs, improved, misses = flips(units, fates), False, 0
         if not len(pairs):
             break
         costs, areas, _ = try_flips(units, fates, pairs, budget)
+        search.spend(evaluation(units, len(pairs)))
         costs = np.where(areas > 0, np.iinfo(np.int64).max, costs)
-        best = int(np.argmin(costs))
-        if costs[best] >= cost:
-            break
-        fates = fates.copy()
-        fates[pairs[best, 0]], cost = pairs[best, 1], int(costs[best])
+        for i in np.argsort(costs, kind="stable"):
+            if (costs[i] >= cost and not improved) or misses >= MISSES or search.left() <= 0:
+                break
+            other = fates.copy()
+            other[pairs[i, 0]] = pairs[i, 1]
+            now = profiles(units, other[None, :])
+            if now.cost_ns[0] < cost and now.excess(budget)[0] <= 0:
+                fates, cost, improved = other, int(now.cost_ns[0]), True
+            else:
+                misses += 1
     return fates
 
 

@@ -9,7 +9,7 @@ therefore valid for the class, and a plan that fits and meets it is proven.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from ortools.sat.python import cp_model
@@ -20,11 +20,15 @@ from solvers.epochs import Cut, EpochModel
 from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
 from solvers.greedy import improve, polish, repair
 from solvers.problem import Limits, Problem, Solution, Status
+from solvers.relax import LINEAR_SIZE, LinearProgram, round_all
 from solvers.search import Search
 from solvers.simulate import Usage
 from solvers.units import Units, build_units
 
 ROUNDS = 200
+LINEAR_ROUNDS = 3
+LINEAR_SHARE = 0.3  # of the time, which the linear relaxation leaves to the integers
+MENDED = 2  # roundings of one linear program that are repaired
 NEW_ROWS = 10
 SLICE = 0.4  # of the time left, for one round
 LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
@@ -47,10 +51,12 @@ def prove(search: Search, units: Units) -> Solution:
     """Improve the plan that `search` holds and bound it, until both meet or time is up."""
     rounds = Rounds(units, search.problem.budget_bytes, start_rows(units, search.fates))
     search.bound_ns = cost_floor(search.problem, units)
+    relax(search, rounds)
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
-        found = rounds.solve(search.limits, max(SLICE * search.left(), 2.0), search.fates)
+        seconds = min(search.left(), max(SLICE * search.left(), 2.0))
+        found = rounds.solve(search.limits, seconds, search.fates)
         if found.infeasible:
             if search.schedule is None:
                 return infeasible(search)
@@ -70,6 +76,34 @@ def prove(search: Search, units: Units) -> Solution:
         elif found.optimal:
             rounds.gap = search.limits.gap / 2
     return search.answer(search.bound_ns, ONE_RECOMPUTE)
+
+
+def relax(search: Search, rounds: Rounds) -> None:
+    """Bound the cost by the linear relaxation, add rows where its roundings do not fit, and mend those."""
+    units, budget = rounds.units, search.problem.budget_bytes
+    # Rows of its own: those that roundings break only slow the integer search down.
+    rounds = replace(rounds, rows=set(rounds.rows))
+    for _ in range(LINEAR_ROUNDS):
+        if closed(search) or search.left() <= LINEAR_SHARE * search.limits.seconds:
+            break
+        model = rounds.model()
+        program = LinearProgram(model)
+        if len(program) > LINEAR_SIZE:
+            break
+        values, bound = program.solve(search.left() / 2)
+        if values is None:
+            break
+        search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))
+        plans = round_all(model, values)
+        found = profiles(units, plans)
+        area = found.excess(budget)
+        order = np.lexsort((found.cost_ns, area))
+        for k in order[:MENDED]:
+            mend(search, units, plans[k])
+        new = new_rows(found.bytes_at[:, order[0]], budget, rounds.rows)
+        if not new:
+            break
+        rounds.rows.update(new)
 
 
 def closed(search: Search) -> bool:
@@ -118,6 +152,13 @@ def peaks(level: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list
     return found
 
 
+def new_rows(level: np.ndarray[tuple[int], np.dtype[np.int64]], above: int, known: set[int]) -> list[int]:
+    """Return the positions not yet known at which a profile is highest above a limit."""
+    level = np.where(level > above, level, -1)
+    level[sorted(known)] = -1
+    return peaks(level, NEW_ROWS)
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What one round brought: fates (None: nothing), bound on the objective, other plans met."""
@@ -143,13 +184,18 @@ class Rounds:
     linear: int = 2  # CP-SAT's linearization_level: 2 proves costs, 1 finds small peaks
     work: float | None = None  # CP-SAT's deterministic seconds a round; None: only the clock counts
 
-    def solve(self, limits: Limits, seconds: float, hint: Fates | None) -> Found:
-        """Solve the relaxation that the known rows and cuts make."""
+    def model(self) -> EpochModel:
+        """Return the model that the known rows and cuts make."""
         turn = self.units.problem.turn
         after, upto = [t for t in self.rows if t > turn], [t for t in self.rows if t <= turn]
         model = EpochModel(self.units, after, upto, self.budget_bytes)
         for cut in self.cuts:
             model.add_cut(cut, self.budget_bytes)
+        return model
+
+    def solve(self, limits: Limits, seconds: float, hint: Fates | None) -> Found:
+        """Solve the relaxation that the known rows and cuts make."""
+        model = self.model()
         if hint is not None:
             model.hint(hint)
         solver = cp_model.CpSolver()

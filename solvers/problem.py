@@ -129,6 +129,7 @@ class Limits:
     gap: float = 0.0001  # stop when (cost - bound) / cost is at most this
     progress: Callable[[Progress], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    known: tuple[Schedule, ...] = ()  # candidates wherever they fit: of `least_peak`, of a smaller budget
 
 
 @dataclass(frozen=True, slots=True)

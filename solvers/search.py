@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from solvers.evaluate import Fates
@@ -17,6 +18,7 @@ class Search:
         self.problem, self.limits, self.solver = problem, limits, solver
         self.started = time.monotonic()
         self.share = 1.0  # of limits.seconds that the present stage may use
+        self.work_left = math.inf  # of the work that the present stage may spend
         self.schedule: Schedule | None = None
         self.fates: Fates | None = None
         self.cost_ns: int | None = None
@@ -27,7 +29,15 @@ class Search:
         """Return the seconds since the start."""
         return time.monotonic() - self.started
 
+    def spend(self, work: float) -> None:
+        """Count work that was done, in seconds as a slow machine would take: the same on every run."""
+        self.work_left -= work
+
     def left(self) -> float:
+        """Return what remains of time and work; at most 0 when either is up or the caller cancelled."""
+        return min(self.work_left, self.clock())
+
+    def clock(self) -> float:
         """Return the seconds that remain; at most 0 when time is up or the caller cancelled."""
         if self.limits.cancelled is not None and self.limits.cancelled():
             return 0.0

@@ -347,3 +347,27 @@ def test_recurrent_and_norm_layers() -> None:
 
     x = torch.randn(4, 4, 10)
     assert_same(*both(Many(), "90%", lambda m: m(x)))
+
+
+def test_torch_compile_backend() -> None:
+    model = Net()
+    twin = copy.deepcopy(model)
+    x = torch.randn(64, 16)
+    compiled = torch.compile(twin, backend="graphplan", options={"budget": "90%", "time_limit": 5.0}, fullgraph=True)
+    for net in (model, compiled):
+        torch.manual_seed(7)
+        net(x, 2.0).pow(2).sum().backward()
+    assert_same(model, twin)
+    with torch.no_grad():
+        compiled(x)
+    with pytest.raises(Exception, match="needs options"):
+        torch.compile(Net(), backend="graphplan")(x)
+
+
+def test_pareto_trades_memory_for_time() -> None:
+    model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 1))
+    plans = graphplan.pareto(model, (torch.randn(256, 8),), points=5, time_limit=20)
+    assert len(plans) >= 2
+    assert [p.peak_bytes for p in plans] == sorted(p.peak_bytes for p in plans)
+    assert [p.cost_ns for p in plans] == sorted((p.cost_ns for p in plans), reverse=True)
+    assert plans[0].peak_bytes == plans[0].minimum_peak_bytes

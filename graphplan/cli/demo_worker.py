@@ -31,7 +31,7 @@ from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 
 SEED = 0
-PAIR_EVERY = 4  # steps; the step times of both are compared next to each other
+PAIR_EVERY = 6  # steps; the step times of both are compared next to each other
 SIDE = 32  # pixels, from the digits' own 8
 LEARNING_RATE = 0.02
 _REFUSALS = (

@@ -1,0 +1,179 @@
+"""The README's table: every zoo model at its real size, measured. `python -m bench.zoo --write README.md`.
+
+Each model runs in a process of its own. Peaks are `graphplan.measure`'s; times are paired steps (forward, loss,
+backward) of the planned module and of plain PyTorch in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "bench" / "out"
+BEGIN, END = "<!-- zoo table -->", "<!-- end of zoo table -->"
+
+
+def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
+    """Plan and measure one model; return the row's figures."""
+    import torch
+
+    import graphplan
+    from bench.pairs import paired
+    from models_zoo import MODELS
+
+    torch.manual_seed(0)
+    entry = MODELS[name]
+    model, example = entry.build(), entry.example()
+    targets = example.targets
+    loss_fn = entry.loss if targets is not None else (lambda outputs: entry.loss(outputs, None))
+    loss = {"loss_fn": loss_fn, "example_targets": targets}
+
+    def plan_at(budget: int | str, device: Any) -> tuple[Any, float]:
+        start = time.perf_counter()
+        planned = graphplan.optimize(model, budget, example.inputs, device=device, time_limit=time_limit, **loss)
+        return planned, time.perf_counter() - start
+
+    def step(module: Any) -> Any:
+        def run() -> None:
+            outputs = module(*example.inputs)
+            (loss_fn(outputs, targets) if targets is not None else loss_fn(outputs)).backward()
+            for p in module.parameters():
+                p.grad = None
+
+        return run
+
+    full, seconds = plan_at("100%", None)
+    least, top = full.plan.minimum_peak_bytes, full.plan.baseline_peak_bytes
+    middle, _ = plan_at((least + top) // 2, full.device_profile)
+    at_least, _ = plan_at(least, full.device_profile)
+
+    def measured(module: Any) -> graphplan.Measurement:
+        return graphplan.measure(module, example.inputs, loss_fn, example_targets=targets, runs=3)
+
+    def peak(module: Any) -> int:
+        return measured(module).peak_bytes
+
+    eager = measured(model)
+    row = {
+        "name": name,
+        "nodes": len(full.graph_module.graph.nodes),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "eager_peak": eager.peak_bytes,
+        "step_seconds": eager.step_ns / 1e9,
+        "profile_seconds": profile_seconds(full),
+        "planning_seconds": seconds,
+        "full": _figures(full.plan, peak(full), paired(step(full), step(model), pairs)),
+        "middle": _figures(middle.plan, peak(middle), paired(step(middle), step(model), pairs)),
+        "least": _figures(at_least.plan, peak(at_least), paired(step(at_least), step(model), max(3, pairs // 2))),
+    }
+    report = graphplan.verify(middle, model, example.inputs, **loss)
+    row["verified"] = report.ok
+    return row
+
+
+def profile_seconds(planned: Any) -> float:
+    """Return the seconds that profiling the planned graph from nothing takes."""
+    import graphplan
+    from graphplan.profile import profile
+
+    entry = planned.entry()
+    start = time.perf_counter()
+    profile(entry.prepared.graph, entry.prepared.instructions, graphplan.Device.this())
+    return time.perf_counter() - start
+
+
+def _figures(plan: Any, measured: int, ratio: Any) -> dict[str, Any]:
+    return {
+        "budget": plan.budget_bytes,
+        "predicted": plan.peak_bytes,
+        "measured": measured,
+        "overhead": plan.overhead,
+        "gap": plan.gap,
+        "status": plan.status,
+        "counts": {fate: n for fate, (n, _) in plan.counts().items()},
+        "ratio": asdict(ratio),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    columns = (
+        "model", "plain PyTorch, MB", "unplanned graph, MB", "least feasible, MB", "middle budget, MB",
+        "keep / recompute / compress", "predicted overhead", "time, middle", "time, 100 %", "time, least",
+        "planning, s", "profile, steps",
+    )  # fmt: skip
+    head = "| " + " | ".join(columns) + " |"
+    lines = [head, "|" + "---|" * len(columns)]
+    for r in rows:
+        m, f, least = r["middle"], r["full"], r["least"]
+        cells = [
+            f"{r['name']} ({r['nodes']} nodes)",
+            _mb(r["eager_peak"]),
+            _mb(f["measured"]),
+            _mb(least["measured"]),
+            _mb(m["measured"]),
+            " / ".join(str(m["counts"][k]) for k in ("keep", "recompute", "compress")),
+            f"{m['overhead']:+.1%} ({m['status']}, gap {m['gap']:.2%})",
+            _ratio(m["ratio"]),
+            _ratio(f["ratio"]),
+            _ratio(least["ratio"]),
+            f"{r['planning_seconds']:.1f}",
+            f"{r['profile_seconds'] / r['step_seconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}"
+
+
+def _ratio(r: dict[str, float]) -> str:
+    return f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+
+
+def write_into(path: Path, text: str) -> None:
+    """Replace what stands between the markers in `path`."""
+    page = path.read_text()
+    if BEGIN not in page or END not in page:
+        raise SystemExit(f"{path} has no {BEGIN} ... {END}")
+    before, rest = page.split(BEGIN, 1)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="zoo models (default: all)")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--time-limit", type=float, default=20.0)
+    parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        row = measure_model(args.one, args.pairs, args.time_limit)
+        (OUT / f"zoo_{args.one}.json").write_text(json.dumps(row, indent=1))
+        return
+    from models_zoo import MODELS
+
+    names = args.names or list(MODELS)
+    for name in names:
+        options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit)]
+        done = subprocess.run([sys.executable, "-m", "bench.zoo", "--one", name, *options], cwd=ROOT, check=False)
+        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+    rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"zoo_{n}.json").exists()]
+    text = table(rows)
+    print(text)
+    if args.write:
+        write_into(args.write, text)
+
+
+if __name__ == "__main__":
+    main()
