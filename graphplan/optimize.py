@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import solvers
@@ -13,6 +14,7 @@ from graphplan.capture import Capture, capture
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
+from graphplan.graph import Graph
 from graphplan.instructions import Codec, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
 from graphplan.lower import lower, outputs_bytes
@@ -23,7 +25,7 @@ from graphplan.progress import Report, quiet
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
-from solvers import Limits, simulate
+from solvers import Limits, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
 
@@ -105,15 +107,22 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
     )
 
 
-def make_plan(prepared: Prepared, options: Options) -> Plan:
-    """Solve, and return the Plan.
+def find_least(prepared: Prepared, options: Options) -> Solution:
+    """Return the plan with the smallest peak that can be found; it does not depend on the budget."""
+    options.report("least feasible peak", 0, 1)
+    least = solvers.least_peak(prepared.problem, Limits(seconds=LEAST_PEAK_SHARE * options.time_limit))
+    options.report("least feasible peak", 1, 1)
+    return least
+
+
+def make_plan(prepared: Prepared, least: Solution, options: Options) -> Plan:
+    """Solve, and return the Plan; `least` is `find_least`'s answer for the same graph.
 
     Raises:
         InfeasibleBudget: nothing fits; the error says what would.
     """
-    limits = Limits(seconds=options.time_limit, progress=None)
+    limits = Limits(seconds=options.time_limit)
     options.report("solving", 0, 1)
-    least = solvers.least_peak(prepared.problem, replace(limits, seconds=LEAST_PEAK_SHARE * limits.seconds))
     solution = solvers.solve(prepared.problem, options.solver, limits)
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
@@ -138,6 +147,17 @@ def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
     return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
 
 
+def check_fingerprint(plan: Plan, graph: Graph) -> None:
+    """Raise PlanMismatch unless `plan` was made for `graph`."""
+    if plan.fingerprint == graph.fingerprint:
+        return
+    made = "" if plan.torch_version == torch.__version__ else f", made with torch {plan.torch_version}"
+    raise PlanMismatch(
+        f"the plan is for {plan.model}, graph {plan.fingerprint}{made}; this is {graph.name}, graph "
+        f"{graph.fingerprint} (torch {torch.__version__}): the same model code, shapes and torch are needed"
+    )
+
+
 def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
     """Return `plan`'s decisions for a graph of the same ops at other sizes, or None if they do not fit there."""
     try:
@@ -147,7 +167,7 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
         return None
     if usage.peak_bytes > prepared.problem.budget_bytes:
         return None
-    solution = solvers.Solution(
+    solution = Solution(
         solvers.Status.FEASIBLE,
         schedule,
         prepared.problem.program_cost_ns(),
@@ -166,7 +186,7 @@ def plan_model(
     options.report("capture", 1, 1)
     device = options.device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, device, run=options.device is None)
-    return captured, prepared, make_plan(prepared, options)
+    return captured, prepared, make_plan(prepared, find_least(prepared, options), options)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphplan.capture import capture
 from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget
-from graphplan.optimize import device_of, make_options, make_plan, prepare
+from graphplan.optimize import device_of, find_least, make_options, make_plan, prepare
 from graphplan.plan import Plan
 
 
@@ -38,13 +38,14 @@ def pareto(
     captured = capture(model, example_inputs, example_kwargs)
     there = device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, there, run=device is None)
-    top = make_plan(prepared, options)
+    smallest = find_least(prepared, options)
+    top = make_plan(prepared, smallest, options)
     least = top.minimum_peak_bytes
     plans: list[Plan] = []
     for i in range(max(1, points) - 1):
         budget = least + (top.peak_bytes - least) * i // max(1, points - 1)
         try:
-            plan = make_plan(replace(prepared, problem=prepared.problem.with_budget(budget)), options)
+            plan = make_plan(replace(prepared, problem=prepared.problem.with_budget(budget)), smallest, options)
         except InfeasibleBudget:
             continue
         if not plans or plan.cost_ns < plans[-1].cost_ns:

@@ -10,14 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphplan.capture import call_key, capture, check_model, flatten_call
+from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
 from graphplan.device import Device
-from graphplan.errors import GraphplanError, PlanMismatch
+from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared
-from graphplan.optimize import Options, carry, device_of, make_options, make_plan, make_step, prepare
+from graphplan.optimize import (
+    Options,
+    carry,
+    check_fingerprint,
+    device_of,
+    find_least,
+    make_options,
+    make_plan,
+    make_step,
+    prepare,
+)
 from graphplan.plan import Plan
 from graphplan.progress import bars
 from graphplan.runtime import Step
+from graphplan.units import check_budget, parse_budget
+from solvers import Solution
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -31,6 +43,15 @@ class Entry:
     step: Step
 
 
+@dataclass(slots=True)
+class _Ground:
+    """What planning one graph needs, whatever the budget."""
+
+    captured: Capture
+    prepared: Prepared
+    least: Solution | None = None
+
+
 class PlannedModule(nn.Module):
     """What `optimize` returns. Training calls run the plan; evaluation and `no_grad` run the plain model.
 
@@ -38,17 +59,17 @@ class PlannedModule(nn.Module):
     combination of input shapes, dtypes, structure and training modes.
     """
 
-    def __init__(self, model: nn.Module, options: Options, given: Plan | None = None) -> None:
-        """Wrap `model`; `given` is a plan made elsewhere, used for the graph with its fingerprint."""
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        """Wrap `model`, to be planned at its first training call or by `prepare`."""
         super().__init__()
         check_model(model)
         self.__dict__.update({name: getattr(model, name) for name in _SHARED})
         self.__dict__["_model"] = model
         self.training = model.training
         self._options = options
-        self._given = given
         self._device: Device | None = options.device
         self._entries: dict[Hashable, Entry] = {}
+        self._grounds: dict[Hashable, _Ground] = {}
         self._latest: Entry | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,21 +81,38 @@ class PlannedModule(nn.Module):
         key = (call_key(template, tensors), self._state_key())
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = self._make_entry(args, kwargs)
+            entry = self._entries[key] = self._make_entry(key, args, kwargs)
         self._latest = entry
         return entry.step.run(model, tensors)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
-        if not self.training:
-            raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
-        template, tensors = flatten_call(args, kwargs)
-        key = (call_key(template, tensors), self._state_key())
+        key = self._training_key(args, kwargs)
         if key not in self._entries:
             with torch.enable_grad():
-                self._entries[key] = self._make_entry(args, kwargs)
+                self._entries[key] = self._make_entry(key, args, kwargs)
         self._latest = self._entries[key]
         return self._latest.plan
+
+    def adopt(self, plan: Plan, *args: Any, **kwargs: Any) -> None:
+        """Execute `plan`, made elsewhere, for inputs like these; nothing is solved.
+
+        Raises:
+            PlanMismatch: the plan is for another graph, or does not fit its budget here.
+        """
+        key = self._training_key(args, kwargs)
+        with bars() as report, torch.enable_grad():
+            ground = self._ground(key, args, kwargs, replace(self._options, report=report))
+        check_fingerprint(plan, ground.captured.graph)
+        self._latest = Entry(ground.prepared, plan, make_step(ground.captured, ground.prepared, plan))
+        self._entries[key] = self._latest
+
+    def at_budget(self, budget: int | str) -> PlannedModule:
+        """Return the same model planned for another budget, from what is already captured and measured."""
+        check_budget(budget)
+        new = PlannedModule(self._model, replace(self._options, budget=budget))
+        new._device, new._grounds = self._device, self._grounds
+        return new
 
     @property
     def plan(self) -> Plan:
@@ -128,8 +166,8 @@ class PlannedModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedModule:
         """Copy the model; share the plans, which hold no parameter."""
-        new = PlannedModule(copy.deepcopy(self._model, memo), self._options, self._given)
-        new._device, new._latest = self._device, self._latest
+        new = PlannedModule(copy.deepcopy(self._model, memo), self._options)
+        new._device, new._latest, new._grounds = self._device, self._latest, self._grounds
         new._entries = dict(self._entries)
         memo[id(self)] = new
         return new
@@ -140,28 +178,42 @@ class PlannedModule(nn.Module):
             raise GraphplanError("no plan yet: pass example_inputs to optimize, or call the model on a training batch")
         return self._latest
 
+    def _training_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+        if not self.training:
+            raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
+        template, tensors = flatten_call(args, kwargs)
+        return (call_key(template, tensors), self._state_key())
+
     def _state_key(self) -> Hashable:
         """Return what of the model's state a captured graph depends on."""
         parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in self.parameters())
         autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
         return (parameters, tuple(m.training for m in self.modules()), autocast)
 
-    def _make_entry(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
+    def _make_entry(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
         with bars() as report:
-            captured = capture(self._model, args, kwargs)
-            device = self._device or Device.this(device_of(self._model, captured))
             options = replace(self._options, report=report)
-            prepared = prepare(captured, options, device, run=options.device is None)
-            self._device = device
-            plan = None
-            if self._given is not None and self._given.fingerprint == prepared.graph.fingerprint:
-                plan = self._given
-            known = self._latest.plan if self._latest is not None else self._given
-            if plan is None and known is not None:
-                plan = carry(known, prepared, options)
+            ground = self._ground(key, args, kwargs, options)
+            prepared = ground.prepared
+            known = self._latest.plan if self._latest is not None else None
+            plan = carry(known, prepared, options) if known is not None else None
             if plan is None:
-                plan = make_plan(prepared, options)
-            return Entry(prepared, plan, make_step(captured, prepared, plan))
+                ground.least = ground.least or find_least(prepared, options)
+                plan = make_plan(prepared, ground.least, options)
+            return Entry(prepared, plan, make_step(ground.captured, prepared, plan))
+
+    def _ground(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> _Ground:
+        ground = self._grounds.get(key)
+        if ground is not None:  # captured for another budget
+            problem = ground.prepared.problem
+            budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
+            prepared = replace(ground.prepared, problem=problem.with_budget(budget))
+            return _Ground(ground.captured, prepared, ground.least)
+        captured = capture(self._model, args, kwargs)
+        self._device = self._device or Device.this(device_of(self._model, captured))
+        prepared = prepare(captured, options, self._device, run=options.device is None)
+        self._grounds[key] = _Ground(captured, prepared)
+        return self._grounds[key]
 
 
 def optimize(
@@ -223,15 +275,8 @@ def apply(
     if not isinstance(plan, Plan):
         raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
     options = make_options(plan.budget_bytes, plan.codecs or "none", loss_fn=loss_fn, example_targets=example_targets)
-    planned = PlannedModule(model, options, plan)
-    captured = capture(model, _as_tuple(example_inputs), example_kwargs)
-    if captured.graph.fingerprint != plan.fingerprint:
-        made = "" if plan.torch_version == torch.__version__ else f" with torch {plan.torch_version}"
-        raise PlanMismatch(
-            f"the plan is for {plan.model}, graph {plan.fingerprint}, made{made}; this is {captured.graph.name}, graph "
-            f"{captured.graph.fingerprint} (torch {torch.__version__}): same model code, shapes and torch are needed"
-        )
-    planned.prepare(*_as_tuple(example_inputs), **dict(example_kwargs or {}))
+    planned = PlannedModule(model, options)
+    planned.adopt(plan, *_as_tuple(example_inputs), **dict(example_kwargs or {}))
     return planned
 
 

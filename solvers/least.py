@@ -28,13 +28,13 @@ from solvers.units import Int64, Units, build_units
 CLOSE = 200  # stop where bound and plan differ by less than one part in this many
 PROBES = 4  # linear programs
 GREEDY_WORK = 2.2  # seconds of a slow machine, see `Search.spend`
-KICK_WORK = 0.5
-LINEAR_WORK = 0.5
+KICK_WORK = 0.6
+LINEAR_WORK = 0.6
 KICKS = 16  # first flips tried in a kick
 STARTS = 2  # roundings of one linear program that are repaired
 ROUNDS = 60
-EXACT_SIZE = 200_000  # units x positions above which CP-SAT only wastes time
-EXACT_WORK = 0.15  # CP-SAT's deterministic seconds: about five times as many on the clock
+EXACT_SIZE = 30_000  # units x positions above which CP-SAT needs minutes for what the rest finds
+EXACT_WORK = 0.2  # CP-SAT's deterministic seconds: about five times as many on the clock
 REMEMBERED = 4
 
 

@@ -198,7 +198,7 @@ class TestPlanFiles:
     def test_a_plan_for_another_graph(self, plan: Plan) -> None:
         with pytest.raises(graphplan.PlanMismatch, match="the plan is for Sequential, graph"):
             graphplan.apply(nn.Sequential(nn.Linear(8, 4)), plan, (X,))
-        with pytest.raises(graphplan.PlanMismatch, match="same model code, shapes and torch"):
+        with pytest.raises(graphplan.PlanMismatch, match="the same model code"):
             graphplan.apply(deep(), plan, (torch.randn(65, 8),))
 
     def edited(self, plan: Plan, steps: list[str]) -> Plan:

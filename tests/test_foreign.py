@@ -79,7 +79,7 @@ def test_planned_and_verified(name: str) -> None:
     loss = {"loss_fn": lambda outputs: outputs.loss}
     free = graphplan.optimize(model, "100%", (), inputs, time_limit=3, **loss)
     budget = (free.plan.minimum_peak_bytes + free.plan.baseline_peak_bytes) // 2
-    planned = graphplan.optimize(model, budget, (), inputs, time_limit=3, device=free.device_profile, **loss)
+    planned = free.at_budget(budget)
     graphplan.verify(planned, model, (), example_kwargs=inputs, **loss)
     assert type(planned(**inputs)) is type(model(**inputs))
     assert any(d.fate != "keep" for d in planned.plan.decisions.values())

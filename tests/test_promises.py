@@ -25,21 +25,18 @@ def test_every_promise(name: str) -> None:
     model, example = entry.build_small(), entry.example_small()
     loss = {"loss_fn": loss_of(entry, example.targets), "example_targets": example.targets}
 
-    def plan_at(budget: int | str, device: graphplan.Device | None) -> graphplan.PlannedModule:
-        return graphplan.optimize(model, budget, example.inputs, device=device, time_limit=SECONDS, **loss)
-
-    first = plan_at("100%", None)
-    device = first.device_profile
+    first = graphplan.optimize(model, "100%", example.inputs, time_limit=SECONDS, **loss)
     least, top = first.plan.minimum_peak_bytes, first.plan.baseline_peak_bytes
     assert least < top
     plans = []
     for f in FRACTIONS:
         budget = least + int(f * (top - least))
-        planned = plan_at(budget, device)
+        planned = first.at_budget(budget)
         # 1 and 2: the measured peak, gradients, outputs, buffers and the RNG stream; raises on a breach.
         report = graphplan.verify(planned, model, example.inputs, **loss)
         assert report.peak_bytes <= budget
         assert 0.99 <= report.peak_bytes / planned.plan.peak_bytes <= 1.01
+        assert planned.plan.budget_bytes == budget
         plans.append(planned.plan)
     # 3: more budget never costs more predicted time, beyond what each search left unproven.
     for tight, roomy in pairwise(plans):
@@ -48,7 +45,7 @@ def test_every_promise(name: str) -> None:
     assert any(d.fate != "keep" for d in plans[0].decisions.values())
     # 4: below the least feasible peak the error says what would do.
     with pytest.raises(graphplan.InfeasibleBudget) as caught:
-        plan_at(int(0.9 * least), device)
+        first.at_budget(int(0.9 * least)).prepare(*example.inputs)
     assert 0.9 * least < caught.value.minimum_bytes <= least
     assert caught.value.binding_op in str(caught.value)
 
@@ -72,10 +69,8 @@ def test_every_choice_of_codecs_is_exact(codecs: str | tuple[str, ...]) -> None:
     entry = MODELS["vgg16_bn"]
     model, example = entry.build_small(), entry.example_small()
     loss = {"loss_fn": entry.loss, "example_targets": example.targets}
-    plan = graphplan.optimize(model, "100%", example.inputs, codecs=codecs, time_limit=SECONDS, **loss).plan
-    planned = graphplan.optimize(
-        model, plan.minimum_peak_bytes, example.inputs, codecs=codecs, time_limit=SECONDS, **loss
-    )
+    free = graphplan.optimize(model, "100%", example.inputs, codecs=codecs, time_limit=SECONDS, **loss)
+    planned = free.at_budget(free.plan.minimum_peak_bytes)
     graphplan.verify(planned, model, example.inputs, **loss)
     used = {d.codec for d in planned.plan.decisions.values() if d.codec}
     assert used <= set(planned.plan.codecs)

@@ -168,9 +168,8 @@ def _planned(model: nn.Module, request: Request, digits: Digits) -> nn.Module:
         loss_fn=F.cross_entropy,
         example_targets=labels,
     )
-    planned = PlannedModule(model, options, made)
-    if planned.prepare(images).steps != made.steps:
-        raise GraphplanError("the saved plan does not fit the graph captured here")
+    planned = PlannedModule(model, options)
+    planned.adopt(made, images)
     return planned
 
 

@@ -80,7 +80,7 @@ def _figures(plan: Plan) -> Table:
     table.add_row("predicted overhead", f"+{plan.overhead:.2%}", f"step {format_ns(plan.cost_ns)}")
     table.add_row("gap", f"{plan.gap:.2%}", f"to the best plan of class: {plan.bound_class}")
     for fate, (count, nbytes) in plan.counts().items():
-        note = f"{count} activations"
+        note = f"{count} activation{'' if count == 1 else 's'}"
         if fate == "compress" and count:
             note += f", {format_bytes(encoded_bytes(plan))} while they wait"
         table.add_row(FATES[fate], format_bytes(nbytes), note)
