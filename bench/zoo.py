@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -166,7 +167,9 @@ def main() -> None:
     names = args.names or list(MODELS)
     for name in names:
         options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit)]
-        done = subprocess.run([sys.executable, "-m", "bench.zoo", "--one", name, *options], cwd=ROOT, check=False)
+        # Threads that spin while they wait would time each other, not the model.
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        done = subprocess.run([sys.executable, "-m", "bench.zoo", "--one", name, *options], cwd=ROOT, env=env, check=False)
         print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
     rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"zoo_{n}.json").exists()]
     text = table(rows)

@@ -188,10 +188,11 @@ def default_loss(outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def preserved(module: nn.Module, structures: Any, device: torch.device) -> Iterator[None]:
-    """Put gradients, buffers and RNG streams back on leaving."""
+    """Put gradients, buffers, inputs changed in place and RNG streams back on leaving."""
     tensors = [*module.parameters(), *Template.of(structures)[1]]
     gradients = [(t, t.grad) for t in tensors if t.is_leaf]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    mutable = [*module.buffers(), *Template.of(structures)[1]]
+    values = [(t, t._version, t.detach().clone()) for t in mutable]
     for t, _ in gradients:
         t.grad = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -201,8 +202,9 @@ def preserved(module: nn.Module, structures: Any, device: torch.device) -> Itera
             for t, g in gradients:
                 t.grad = g
             with torch.no_grad():
-                for b, old in buffers:
-                    b.copy_(old)
+                for t, version, old in values:
+                    if t._version != version:
+                        t.copy_(old)
 
 
 def _warm_reading(module: nn.Module, step: Callable[[], Any], device: torch.device) -> Reading:

@@ -7,6 +7,9 @@ never counted are reported too. So a free counts only when its allocation was se
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +43,16 @@ class Meter:
         """Start watching the allocator."""
         if self.device.type == "cpu":
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self._profile.__enter__()
+            with _without_notices():
+                self._profile.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Stop, and read the regions off the event tree."""
         if self._profile is None:
             return
-        self._profile.__exit__(*exc)
+        with _without_notices():
+            self._profile.__exit__(*exc)
         if exc[0] is None:
             tree = self._profile.profiler.kineto_results.experimental_event_tree()
             self.readings = _read_regions(tree, self._count)
@@ -74,6 +79,24 @@ class Meter:
         stats = torch.cuda.memory_stats(self.device)
         peak, now = stats["requested_bytes.all.peak"], stats["requested_bytes.all.current"]
         self.readings.append(Reading(peak - before, now - before))
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Drop the `USDT:` lines that kineto writes on descriptor 2 when it starts and stops; pass on all else."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"USDT:"):
+                    os.write(2, line)
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> Reading:

@@ -36,27 +36,31 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)
     search.share = GREEDY_SHARE
-    offer_known(search, units)
+    fitting = offer_known(search, units)
     improve(search, units, start, tries=0)
+    for fates in fitting:
+        relax(search, units, fates)
     search.share = 1.0
     if search.schedule is None and not _from_least(search, units):
         return _without_plan(search, ONE_RECOMPUTE)
     return prove(search, units)
 
 
-def offer_known(search: Search, units: Units) -> None:
-    """Offer the schedules that the caller knows, and what polish makes of those that fit.
+def offer_known(search: Search, units: Units) -> list[Fates]:
+    """Offer the schedules that the caller knows; return the fates of those that fit and have fates.
 
     Raises:
         InvalidSchedule: one of them is no schedule of this problem.
     """
+    fitting = []
     for schedule in search.limits.known:
         usage = search.offer(schedule)
         fates = fates_of(units, schedule)
         if usage.peak_bytes <= search.problem.budget_bytes and fates is not None:
+            fitting.append(fates)
             if search.schedule == schedule:
                 search.fates = fates
-            relax(search, units, fates)
+    return fitting
 
 
 def relax(search: Search, units: Units, fates: Fates) -> None:
