@@ -169,7 +169,8 @@ def main() -> None:
         options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit)]
         # Threads that spin while they wait would time each other, not the model.
         env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        done = subprocess.run([sys.executable, "-m", "bench.zoo", "--one", name, *options], cwd=ROOT, env=env, check=False)
+        command = [sys.executable, "-m", "bench.zoo", "--one", name, *options]
+        done = subprocess.run(command, cwd=ROOT, env=env, check=False)
         print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
     rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"zoo_{n}.json").exists()]
     text = table(rows)

@@ -191,8 +191,9 @@ def preserved(module: nn.Module, structures: Any, device: torch.device) -> Itera
     """Put gradients, buffers, inputs changed in place and RNG streams back on leaving."""
     tensors = [*module.parameters(), *Template.of(structures)[1]]
     gradients = [(t, t.grad) for t in tensors if t.is_leaf]
-    mutable = [*module.buffers(), *Template.of(structures)[1]]
-    values = [(t, t._version, t.detach().clone()) for t in mutable]
+    # BatchNorm's kernel changes its buffers without counting a version, so all buffers are written back.
+    values = [(b, -1, b.detach().clone()) for b in module.buffers()]
+    values.extend((t, t._version, t.detach().clone()) for t in Template.of(structures)[1])
     for t, _ in gradients:
         t.grad = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

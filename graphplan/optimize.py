@@ -25,7 +25,7 @@ from graphplan.progress import Report, quiet
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
-from solvers import Limits, Solution, simulate
+from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
 
@@ -115,13 +115,17 @@ def find_least(prepared: Prepared, options: Options) -> Solution:
     return least
 
 
-def make_plan(prepared: Prepared, least: Solution, options: Options) -> Plan:
+def make_plan(prepared: Prepared, least: Solution, options: Options, known: tuple[Schedule, ...] = ()) -> Plan:
     """Solve, and return the Plan; `least` is `find_least`'s answer for the same graph.
+
+    `known` are schedules of plans made for it at other budgets: with those of smaller ones, cost cannot rise.
 
     Raises:
         InfeasibleBudget: nothing fits; the error says what would.
     """
-    limits = Limits(seconds=options.time_limit)
+    # Known schedules are candidates wherever they fit: a plan exists at every budget from `least`'s peak up.
+    found = () if least.schedule is None else (least.schedule,)
+    limits = Limits(seconds=options.time_limit, known=(*found, *known))
     options.report("solving", 0, 1)
     solution = solvers.solve(prepared.problem, options.solver, limits)
     options.report("solving", 1, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphplan.capture import capture
 from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget
+from graphplan.lift import schedule_of
 from graphplan.optimize import device_of, find_least, make_options, make_plan, prepare
 from graphplan.plan import Plan
 
@@ -45,7 +46,8 @@ def pareto(
     for i in range(max(1, points) - 1):
         budget = least + (top.peak_bytes - least) * i // max(1, points - 1)
         try:
-            plan = make_plan(replace(prepared, problem=prepared.problem.with_budget(budget)), smallest, options)
+            known = tuple(schedule_of(prepared, p.steps) for p in plans)
+            plan = make_plan(replace(prepared, problem=prepared.problem.with_budget(budget)), smallest, options, known)
         except InfeasibleBudget:
             continue
         if not plans or plan.cost_ns < plans[-1].cost_ns:

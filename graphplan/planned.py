@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.lift import Prepared
+from graphplan.lift import Prepared, schedule_of
 from graphplan.optimize import (
     Options,
     carry,
@@ -29,7 +29,7 @@ from graphplan.plan import Plan
 from graphplan.progress import bars
 from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
-from solvers import Solution
+from solvers import Schedule, Solution
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -50,6 +50,7 @@ class _Ground:
     captured: Capture
     prepared: Prepared
     least: Solution | None = None
+    schedules: list[Schedule] = field(default_factory=list)  # of plans made so far, at any budget
 
 
 class PlannedModule(nn.Module):
@@ -199,7 +200,8 @@ class PlannedModule(nn.Module):
             plan = carry(known, prepared, options) if known is not None else None
             if plan is None:
                 ground.least = ground.least or find_least(prepared, options)
-                plan = make_plan(prepared, ground.least, options)
+                plan = make_plan(prepared, ground.least, options, tuple(ground.schedules))
+                ground.schedules.append(schedule_of(prepared, plan.steps))
             return Entry(prepared, plan, make_step(ground.captured, prepared, plan))
 
     def _ground(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> _Ground:
@@ -208,7 +210,7 @@ class PlannedModule(nn.Module):
             problem = ground.prepared.problem
             budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
             prepared = replace(ground.prepared, problem=problem.with_budget(budget))
-            return _Ground(ground.captured, prepared, ground.least)
+            return replace(ground, prepared=prepared)  # the list of schedules is shared
         captured = capture(self._model, args, kwargs)
         self._device = self._device or Device.this(device_of(self._model, captured))
         prepared = prepare(captured, options, self._device, run=options.device is None)
