@@ -36,10 +36,15 @@ def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
     loss_fn = entry.loss if targets is not None else (lambda outputs: entry.loss(outputs, None))
     loss = {"loss_fn": loss_fn, "example_targets": targets}
 
-    def plan_at(budget: int | str, device: Any) -> tuple[Any, float]:
-        start = time.perf_counter()
-        planned = graphplan.optimize(model, budget, example.inputs, device=device, time_limit=time_limit, **loss)
-        return planned, time.perf_counter() - start
+    start = time.perf_counter()
+    full = graphplan.optimize(model, "100%", example.inputs, time_limit=time_limit, **loss)
+    seconds = time.perf_counter() - start
+    least, top = full.plan.minimum_peak_bytes, full.plan.baseline_peak_bytes
+    middle, at_least = full.at_budget((least + top) // 2), full.at_budget(least)
+    start = time.perf_counter()
+    middle.prepare(*example.inputs)
+    seconds += time.perf_counter() - start
+    at_least.prepare(*example.inputs)
 
     def step(module: Any) -> Any:
         def run() -> None:
@@ -49,11 +54,6 @@ def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
                 p.grad = None
 
         return run
-
-    full, seconds = plan_at("100%", None)
-    least, top = full.plan.minimum_peak_bytes, full.plan.baseline_peak_bytes
-    middle, _ = plan_at((least + top) // 2, full.device_profile)
-    at_least, _ = plan_at(least, full.device_profile)
 
     def measured(module: Any) -> graphplan.Measurement:
         return graphplan.measure(module, example.inputs, loss_fn, example_targets=targets, runs=3)

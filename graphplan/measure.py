@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
 from graphplan.meter import Meter, Reading, peak_of
-from graphplan.tree import Template
+from graphplan.tree import Template, as_tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def measure(
     all floating outputs), backward; gradients are None when it begins and the caller holds outputs and loss to
     its end. Gradients, buffers and the RNG stream are put back afterwards.
     """
-    kwargs = dict(example_kwargs or {})
+    example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
     loss_of = with_targets(loss_fn or default_loss, example_targets)
 
     def step() -> Any:

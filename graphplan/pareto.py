@@ -14,6 +14,7 @@ from graphplan.errors import InfeasibleBudget
 from graphplan.lift import schedule_of
 from graphplan.optimize import device_of, find_least, make_options, make_plan, prepare
 from graphplan.plan import Plan
+from graphplan.tree import as_tuple
 
 
 def pareto(
@@ -36,7 +37,7 @@ def pareto(
     """
     share = time_limit / max(1, points)
     options = make_options("100%", codecs, 0.1, solver, share, device, loss_fn, example_targets)
-    captured = capture(model, example_inputs, example_kwargs)
+    captured = capture(model, as_tuple(example_inputs), example_kwargs)
     there = device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, there, run=device is None)
     smallest = find_least(prepared, options)

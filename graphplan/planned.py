@@ -28,6 +28,7 @@ from graphplan.optimize import (
 from graphplan.plan import Plan
 from graphplan.progress import bars
 from graphplan.runtime import Step
+from graphplan.tree import as_tuple
 from graphplan.units import check_budget, parse_budget
 from solvers import Schedule, Solution
 
@@ -256,7 +257,7 @@ def optimize(
     options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets)
     planned = PlannedModule(model, options)
     if example_inputs is not None or example_kwargs is not None:
-        planned.prepare(*_as_tuple(example_inputs), **dict(example_kwargs or {}))
+        planned.prepare(*as_tuple(example_inputs), **dict(example_kwargs or {}))
     return planned
 
 
@@ -278,13 +279,5 @@ def apply(
         raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
     options = make_options(plan.budget_bytes, plan.codecs or "none", loss_fn=loss_fn, example_targets=example_targets)
     planned = PlannedModule(model, options)
-    planned.adopt(plan, *_as_tuple(example_inputs), **dict(example_kwargs or {}))
+    planned.adopt(plan, *as_tuple(example_inputs), **dict(example_kwargs or {}))
     return planned
-
-
-def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    if example_inputs is None:
-        return ()
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    return tuple(example_inputs)

@@ -30,6 +30,13 @@ _VALUES = (
 )
 
 
+def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """Return positional arguments as a tuple: a lone tensor is one argument, None is none."""
+    if example_inputs is None:
+        return ()
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """Where tensor `index` of a structure goes."""

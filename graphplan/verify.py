@@ -15,7 +15,7 @@ from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
-from graphplan.tree import Template
+from graphplan.tree import Template, as_tuple
 from graphplan.units import format_bytes
 
 
@@ -73,7 +73,7 @@ def verify(
     Raises:
         PromiseBroken: names the first thing that differs, with the figure.
     """
-    kwargs = dict(example_kwargs or {})
+    example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
     loss_of = with_targets(loss_fn or default_loss, example_targets)
     planned.prepare(*example_inputs, **kwargs)
     entry = planned.entry()

@@ -16,6 +16,7 @@ from graphplan.cli.output import BAD_INPUT
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits anonymous memory by RLIMIT_DATA")
 def test_unplanned_is_refused_and_planned_finishes(tmp_path: Path) -> None:
     out = tmp_path / "demo"

@@ -371,3 +371,12 @@ def test_pareto_trades_memory_for_time() -> None:
     assert [p.peak_bytes for p in plans] == sorted(p.peak_bytes for p in plans)
     assert [p.cost_ns for p in plans] == sorted((p.cost_ns for p in plans), reverse=True)
     assert plans[0].peak_bytes == plans[0].minimum_peak_bytes
+
+
+def test_one_tensor_is_one_argument() -> None:
+    x = torch.randn(32, 16)
+    model = Net()
+    planned = graphplan.optimize(model, "100%", x, time_limit=5)
+    graphplan.verify(planned, model, x)
+    assert graphplan.measure(model, x, runs=1).peak_bytes > 0
+    assert graphplan.pareto(model, x, points=1, time_limit=2)
