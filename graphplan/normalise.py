@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx, nn
 
@@ -89,7 +89,7 @@ def _split(graph: fx.Graph, interface: Interface) -> set[fx.Node]:
     Backward is what depends on a tangent, and what was traced after it without being needed by a forward result.
     """
     tainted = {t for t in interface.tangents if t is not None}
-    needed = _ancestors(interface.forward_results())
+    needed = _ancestors(graph, interface.forward_results())
     backward: set[fx.Node] = set()
     started = False
     for node in graph.nodes:
@@ -109,15 +109,12 @@ def _split(graph: fx.Graph, interface: Interface) -> set[fx.Node]:
     return backward
 
 
-def _ancestors(nodes: Iterable[Any]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [n for n in nodes if isinstance(n, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return `nodes` and everything that they are computed from."""
+    dag = nx.DiGraph((a, n) for n in graph.nodes for a in n.all_input_nodes)
+    sink = object()
+    dag.add_edges_from((n, sink) for n in nodes)
+    return set(nx.ancestors(dag, sink))
 
 
 def _clone_mutated(graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:

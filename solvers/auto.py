@@ -28,6 +28,7 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     """Return the best plan that the time allows, with the bound of the class that was proven."""
     units = build_units(problem)
     search = Search(problem, limits, "auto")
+    search.stage = "keep_all"
     start, floor = keep_everything(units), cost_floor(problem, units)
     search.offer(problem.program, start)
     search.bound_ns = floor
@@ -35,14 +36,16 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
         return search.answer(floor, ANY_PLAN)
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)
-    search.share = GREEDY_SHARE
+    search.share, search.stage = GREEDY_SHARE, "known plan"
     fitting = offer_known(search, units)
+    search.stage = "greedy"
     improve(search, units, start, tries=0)
     for fates in fitting:
         relax(search, units, fates)
-    search.share = 1.0
+    search.share, search.stage = 1.0, "least_peak"
     if search.schedule is None and not _from_least(search, units):
         return _without_plan(search, ONE_RECOMPUTE)
+    search.stage = "ilp"
     return prove(search, units)
 
 

@@ -146,8 +146,9 @@ class Progress:
 class Solution:
     """A solver's answer. `schedule` is present exactly when `status` is OPTIMAL or FEASIBLE.
 
-    `lower_bound_ns` bounds the cost of every plan of class `bound_class`. `least_peak_bytes` is the smallest
-    peak this search can vouch for reaching (None: it did not look).
+    `solver` names who found the schedule, after a colon the stage of it that did. `lower_bound_ns` bounds the
+    cost of every plan of class `bound_class`. `least_peak_bytes` is the smallest peak that this search can vouch
+    for reaching (None: it did not look).
     """
 
     status: Status

@@ -16,6 +16,8 @@ class Search:
     def __init__(self, problem: Problem, limits: Limits, solver: str) -> None:
         """Start the clock."""
         self.problem, self.limits, self.solver = problem, limits, solver
+        self.stage = ""  # what a solver of several stages is doing now
+        self.found_by = ""  # the stage that found the best plan
         self.started = time.monotonic()
         self.share = 1.0  # of limits.seconds that the present stage may use
         self.work_left = math.inf  # of the work that the present stage may spend
@@ -52,6 +54,7 @@ class Search:
         if fits and (self.cost_ns is None or usage.cost_ns < self.cost_ns):
             self.schedule, self.cost_ns = schedule, usage.cost_ns
             self.fates = None if fates is None else fates.copy()
+            self.found_by = self.stage
             self.report()
         return usage
 
@@ -67,4 +70,5 @@ class Search:
             return Solution(Status.NOT_FOUND, None, bound_ns, bound_class, self.solver, self.seconds(), least)
         bound = min(bound_ns, self.cost_ns)
         status = Status.OPTIMAL if self.cost_ns - bound <= self.limits.gap * self.cost_ns else Status.FEASIBLE
-        return Solution(status, self.schedule, bound, bound_class, self.solver, self.seconds(), least)
+        name = f"{self.solver}: {self.found_by}" if self.found_by else self.solver
+        return Solution(status, self.schedule, bound, bound_class, name, self.seconds(), least)
