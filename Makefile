@@ -31,8 +31,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure the zoo at real sizes and rewrite the tables of the README
+bench: $(READY)  ## measure the zoo at real sizes and the demo, and rewrite the figures of the README
 	$(BIN)/python -m bench.zoo --write README.md
+	$(BIN)/python -m bench.demo --write README.md
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers -m slow

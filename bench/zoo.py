@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.page import write_between
+
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "bench" / "out"
-BEGIN, END = "<!-- zoo table -->", "<!-- end of zoo table -->"
 
 
 def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
@@ -140,15 +141,6 @@ def _ratio(r: dict[str, float]) -> str:
     return f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
 
 
-def write_into(path: Path, text: str) -> None:
-    """Replace what stands between the markers in `path`."""
-    page = path.read_text()
-    if BEGIN not in page or END not in page:
-        raise SystemExit(f"{path} has no {BEGIN} ... {END}")
-    before, rest = page.split(BEGIN, 1)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="zoo models (default: all)")
@@ -176,7 +168,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if args.write:
-        write_into(args.write, text)
+        write_between(args.write, "zoo table", text)
 
 
 if __name__ == "__main__":
