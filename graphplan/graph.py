@@ -112,6 +112,12 @@ class Graph:
         return {n.name: n for n in self.module.graph.nodes}
 
     @property
+    def returned(self) -> frozenset[int]:
+        """Storages of the model's outputs and of the gradients: they stay to the end."""
+        results = (*self.forward_outputs, *(n for n in self.gradients if n is not None))
+        return frozenset(s for n in results for s in self.storages_of[n])
+
+    @property
     def fixed_bytes(self) -> int:
         """Bytes of parameters, buffers, inputs and constants."""
         return sum(s.nbytes for s in self.storages if s.kind.fixed)

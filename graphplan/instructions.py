@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from graphplan import functions
 from graphplan.graph import Graph, GraphOp, StorageKind
+from graphplan.in_place import operands_of
 
 aten = torch.ops.aten
 TURN = "turn"
@@ -46,7 +47,10 @@ class Emitter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One thing that a plan can do at a step. `reads` and `writes` are storage ids."""
+    """One thing that a plan can do at a step. `reads` and `writes` are storage ids.
+
+    `takes_over` is a storage that it reads and can write over, where that is the storage's last read.
+    """
 
     name: str
     kind: str  # "op" | "variant" | "encode" | "decode" | "turn" | "end"
@@ -55,6 +59,7 @@ class Instruction:
     writes: tuple[int, ...]
     repeatable: bool
     emit: Callable[[Emitter], None] = field(repr=False, compare=False)
+    takes_over: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +105,11 @@ class Codec(Protocol):
 
 def instructions_of(graph: Graph, codecs: Sequence[Codec]) -> Instructions:
     """Return every instruction that `graph` offers with `codecs`."""
-    items = [_op_instruction(graph, op) for op in graph.ops if not op.backward]
+    operands = operands_of(graph)
+    items = [_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if not op.backward]
     turn = len(items)
     items.append(_turn(graph))
-    items.extend(_op_instruction(graph, op) for op in graph.ops if op.backward)
+    items.extend(_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if op.backward)
     items.append(_end(graph))
     program = tuple(range(len(items)))
     for op in graph.ops:
@@ -127,7 +133,7 @@ def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.No
     return [u for u in items if wanted.intersection(graph.storages_of[u.name])]
 
 
-def _op_instruction(graph: Graph, op: GraphOp) -> Instruction:
+def _op_instruction(graph: Graph, op: GraphOp, operand: int | None) -> Instruction:
     def emit(out: Emitter) -> None:
         value = out.copy(op.node, op.name)
         for result in results_of(graph, op.node, op.writes):
@@ -136,7 +142,7 @@ def _op_instruction(graph: Graph, op: GraphOp) -> Instruction:
             else:
                 out.store(result, out.call(operator.getitem, (value, result.args[1]), result.name))
 
-    return Instruction(op.name, "op", op.id, _planned(graph, op.reads), op.writes, op.repeatable, emit)
+    return Instruction(op.name, "op", op.id, _planned(graph, op.reads), op.writes, op.repeatable, emit, operand)
 
 
 def _planned(graph: Graph, storages: Iterable[int]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instruction, Instructions
 from graphplan.profile import Profile
@@ -41,6 +43,7 @@ def lower(
             repeatable=item.repeatable,
             instead_of=None if program else _stands_for(graph, instructions, item),
             kind=_KINDS.get(item.kind, Kind.COMPUTE),
+            takes_over=None if item.takes_over is None else index[item.takes_over],
         )
 
     ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
@@ -49,8 +52,6 @@ def lower(
     ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
     end = instructions.program[-1]
     ops[end] = _with_workspace(ops[end], gradient_copies_bytes(graph))
-    outputs = {s for n in graph.forward_outputs for s in graph.storages_of[n]}
-    results = outputs.union(*(graph.storages_of[n] for n in graph.gradients if n is not None))
     problem = Problem(
         name=graph.name,
         ops=tuple(ops),
@@ -58,7 +59,7 @@ def lower(
         turn=turn,
         value_bytes=tuple(sizes[s] for s in values),
         value_names=tuple(names[s] for s in values),
-        keep=frozenset(index[s] for s in results if s in index),
+        keep=frozenset(index[s] for s in graph.returned if s in index),
         fixed_bytes=graph.fixed_bytes + resident_bytes,
         budget_bytes=budget_bytes,
     )
@@ -108,4 +109,4 @@ def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> 
 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:
-    return Op(op.name, op.reads, op.writes, op.cost_ns, workspace_bytes, op.repeatable, op.instead_of, op.kind)
+    return replace(op, workspace_bytes=workspace_bytes)

@@ -92,7 +92,7 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
         outside = loss_memory(captured, options.loss_fn, options.example_targets)
     targets = tensors_bytes(options.example_targets)
     problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
-    baseline = simulate(problem, problem.program).peak_bytes
+    baseline = simulate(problem.out_of_place(), problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
         graph=graph,

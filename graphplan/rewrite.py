@@ -12,8 +12,10 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from graphplan.errors import PlanMismatch
-from graphplan.graph import Graph
-from graphplan.instructions import END, TURN, Instructions
+from graphplan.graph import Graph, GraphOp
+from graphplan.in_place import written_over
+from graphplan.instructions import END, TURN, Instruction, Instructions
+from solvers import take_overs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,10 @@ class Rewritten:
     outputs: int  # how many of the forward half's results are the model's
 
 
-def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str]) -> Rewritten:
+def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, in_place: bool = True) -> Rewritten:
     """Return the program that runs `steps` (names of instructions, in order).
+
+    With `in_place=False` no op writes over an operand: the same numbers, in more memory than was planned.
 
     Raises:
         PlanMismatch: a step that this graph does not offer, or that reads a value which is not live.
@@ -43,9 +47,12 @@ def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str]) -> R
     nodes = graph.nodes
     results: tuple[Any, ...] = ()
     turn: fx.Node | None = None
-    for step in steps:
-        item = instructions.items[index[step]]
-        writer.begin(item.name)
+    schedule = tuple(index[step] for step in steps)
+    turn_id = instructions.program[instructions.turn]
+    taken = take_overs(instructions.items, schedule, turn_id, graph.returned) if in_place else {}
+    for t, i in enumerate(schedule):
+        item = instructions.items[i]
+        writer.begin(item, taken.get(t))
         item.emit(writer)
         if item.name == TURN:
             results = tuple(writer.load(nodes[n]) for n in graph.forward_outputs)
@@ -68,6 +75,7 @@ class _Writer:
         self.source = graph
         self.graph = fx.Graph()
         self.step = ""
+        self.over: tuple[GraphOp, int] | None = None  # what the present step writes over
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[int, set[fx.Node]] = defaultdict(set)
         self.made_views: set[str] = set()
@@ -77,8 +85,9 @@ class _Writer:
         for node in graph.module.graph.find_nodes(op="placeholder"):
             self.env[node] = self._create("placeholder", node.name, (), {}, node.name, node)
 
-    def begin(self, step: str) -> None:
-        self.step = step
+    def begin(self, item: Instruction, taken: int | None) -> None:
+        self.step = item.name
+        self.over = None if taken is None or item.op is None else (self.source.ops[item.op], taken)
 
     def finished(self) -> bool:
         return bool(self.last().op == "output")
@@ -114,7 +123,10 @@ class _Writer:
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         args = fx.map_arg(node.args, self.load)
         kwargs = fx.map_arg(node.kwargs, self.load)
-        return self._create(node.op, node.target, args, kwargs, name, node)
+        target = node.target
+        if self.over is not None and self.over[0].node is node:
+            target, args, kwargs = written_over(self.source, *self.over, args, kwargs)
+        return self._create(node.op, target, args, kwargs, name, node)
 
     def store(self, node: fx.Node, value: fx.Node) -> None:
         for s in self.source.storages_of[node.name]:

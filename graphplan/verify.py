@@ -79,7 +79,7 @@ def verify(
     entry = planned.entry()
     capture, prepared = entry.step.capture, entry.prepared
     program = [prepared.instructions.items[i].name for i in prepared.instructions.program]
-    unplanned = Step.of(capture, rewrite(capture.graph, prepared.instructions, program))
+    unplanned = Step.of(capture, rewrite(capture.graph, prepared.instructions, program, in_place=False))
     tensors = Template.of((tuple(example_inputs), dict(sorted(kwargs.items()))))[1]
 
     def outcome(call: Callable[[], Any]) -> _Outcome:

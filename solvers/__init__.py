@@ -25,7 +25,7 @@ from solvers.problem import (
     Status,
     ValueId,
 )
-from solvers.simulate import InvalidSchedule, Usage, fits, live_at, simulate
+from solvers.simulate import InvalidSchedule, Usage, fits, live_at, simulate, take_overs
 
 SOLVERS: dict[str, Callable[[Problem, Limits], Solution]] = {
     "auto": solve_auto,
@@ -107,5 +107,6 @@ __all__ = [
     "live_at",
     "simulate",
     "solve",
+    "take_overs",
     "working_set",
 ]

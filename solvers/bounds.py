@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.fates import scratch_bytes
 from solvers.problem import OpId, Problem
 from solvers.units import Units, build_units
 
@@ -66,8 +67,8 @@ def _needed(problem: Problem, units: Units) -> np.ndarray[tuple[int], np.dtype[n
                 extra[h.last_forward + 1 : h.last_backward + 1] += h.size_bytes
     for t in range(problem.turn + 1, n):
         options = [problem.program[t], *alternatives.get(problem.program[t], [])]
-        own = problem.ops[options[0]].workspace_bytes
-        extra[t] += min(_unit_reads(problem, units, o, pinned) + problem.ops[o].workspace_bytes - own for o in options)
+        own = scratch_bytes(problem, options[0])
+        extra[t] += min(_unit_reads(problem, units, o, pinned) + scratch_bytes(problem, o) - own for o in options)
     return extra
 
 

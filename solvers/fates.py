@@ -9,10 +9,14 @@ from solvers.problem import Kind, OpId, Problem, ValueId
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where the program writes and reads one value: positions in `program`, not op ids."""
+    """Where the program writes and reads one value: positions in `program`, not op ids.
+
+    A read that takes the value over ends its life one position earlier: from there on the memory is another's.
+    """
 
     write: int
-    last_forward: int  # last read at or before the turn; the write itself when there is none
+    last_forward: int  # last position up to the turn with memory of its own; the write when nothing reads it there
+    last: int  # the same over the whole program
     backward: tuple[int, ...]  # reads after the turn, ascending
 
 
@@ -69,8 +73,10 @@ def value_spans(problem: Problem) -> dict[ValueId, Span]:
             write[v], reads[v] = t, []
     spans = {}
     for v, w in write.items():
-        forward = [t for t in reads[v] if t <= problem.turn]
-        spans[v] = Span(w, max(forward, default=w), tuple(sorted({t for t in reads[v] if t > problem.turn})))
+        own = [t - (problem.ops[problem.program[t]].takes_over == v) for t in reads[v]]
+        forward = max((t for t in own if t <= problem.turn), default=w)
+        backward = tuple(sorted({t for t in reads[v] if t > problem.turn}))
+        spans[v] = Span(w, max(w, forward), max(w, forward, *own), backward)
     return spans
 
 
@@ -84,6 +90,12 @@ def encoders(problem: Problem) -> list[tuple[ValueId, OpId]]:
         back = set().union(*(decoded.get(e, set()) for e in op.writes))
         found.append((next((v for v in op.reads if v in back), op.reads[0]), o))
     return found
+
+
+def scratch_bytes(problem: Problem, o: OpId) -> int:
+    """Return the workspace of an op, less what it takes over."""
+    op = problem.ops[o]
+    return op.workspace_bytes - (0 if op.takes_over is None else problem.value_bytes[op.takes_over])
 
 
 class FateMaker:
@@ -199,7 +211,9 @@ class FateMaker:
             encoded_until=max(covered, default=-1),
             decodes=decode is not None,
             instead=instead,
-            swaps=tuple((self.position[q], ops[o].workspace_bytes - ops[q].workspace_bytes) for q, o in instead),
+            swaps=tuple(
+                (self.position[q], scratch_bytes(self.problem, o) - scratch_bytes(self.problem, q)) for q, o in instead
+            ),
         )
 
     def _beside(self, fate: Fate) -> Fate:
@@ -210,9 +224,11 @@ class FateMaker:
         return replace(kept, restore=(), restore_ns=0, parents=(), transient_bytes=0)
 
     def _encode_at(self, encode: OpId) -> int:
-        """Right after the last read before the turn: the turn itself is the user's code."""
+        """Right after the last read before the turn (the turn itself is the user's code), before a take-over."""
         reads, turn = self.problem.ops[encode].reads, self.problem.turn
-        read = [self.position.get(o, -1) for v in reads for o in self.readers[v]]
+        read = [
+            self.position.get(o, -1) - (self.problem.ops[o].takes_over == v) for v in reads for o in self.readers[v]
+        ]
         return max([*(self.spans[v].write for v in reads), *(t for t in read if t < turn)])
 
 
@@ -229,6 +245,9 @@ def _transient(problem: Problem, draft: Draft) -> int:
     worst = 0
     for i, o in enumerate(draft.restore):
         live |= set(problem.ops[o].writes)
-        worst = max(worst, sum(size[v] for v in live) + problem.ops[o].workspace_bytes)
-        live = {v for v in live if v in draft.values or last.get(v, -1) > i}
+        after = {v for v in live if v in draft.values or last.get(v, -1) > i}
+        taken = problem.ops[o].takes_over
+        held = live - ({taken} - after if taken is not None else set())
+        worst = max(worst, sum(size[v] for v in held) + problem.ops[o].workspace_bytes)
+        live = after
     return max(0, worst - sum(size[v] for v in draft.values))

@@ -1,8 +1,8 @@
 """The oracle: the true optimum over every schedule that `simulate` accepts. Exponential; for tests.
 
-A state is (how many of the run-once ops have run, which values are live). Dijkstra over running any op that
-may run
-and freeing any value finds the cheapest schedule, or, with the peak as the length of a path, the least peak.
+A state is (how many of the run-once ops have run, which values are live, which of these crossed the turn and
+may not be taken over). Dijkstra over running any op that may run and freeing any value finds the cheapest schedule,
+or, with the peak as the length of a path, the least peak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from solvers.simulate import simulate
 EVERY_PLAN = "any schedule at all"
 STATES = 2_000_000  # states settled before the oracle gives up
 
-State = tuple[int, int]  # run-once ops done, live values as a bit mask
+State = tuple[int, int, int]  # run-once ops done; live values, and those of them that crossed, as bit masks
 
 
 def solve_oracle(problem: Problem, limits: Limits) -> Solution:
@@ -48,6 +48,8 @@ class _Move:
     turn: int  # index among the run-once ops; -1: may run any number of times
     cost_ns: int
     extra_bytes: int  # workspace, and values that it both reads and writes (two versions stand)
+    takes_over: int  # mask of the value whose memory it may use
+    taken_bytes: int
 
 
 class _Moves:
@@ -58,12 +60,15 @@ class _Moves:
         self.once = [o for o in problem.program if not problem.ops[o].repeatable]
         index = {o: i for i, o in enumerate(self.once)}
         self.keep = _mask(problem.keep)
+        self.turn = index[problem.program[problem.turn]]
+        self.takeable = _mask(frozenset(op.takes_over for op in problem.ops if op.takes_over is not None))
         self.moves = []
         for o, op in enumerate(problem.ops):
             twice = sum(problem.value_bytes[v] for v in set(op.reads) & set(op.writes))
             reads, writes = _mask(op.reads), _mask(op.writes)
             extra = op.workspace_bytes + twice
-            self.moves.append(_Move(o, reads, writes, index.get(o, -1), op.cost_ns, extra))
+            over, taken = (0, 0) if op.takes_over is None else (1 << op.takes_over, problem.value_bytes[op.takes_over])
+            self.moves.append(_Move(o, reads, writes, index.get(o, -1), op.cost_ns, extra, over, taken))
 
     def bytes(self, live: int) -> int:
         """Return the bytes of a mask of values, fixed bytes included."""
@@ -88,7 +93,7 @@ def _mask(values: frozenset[int] | tuple[int, ...]) -> int:
 
 def _dijkstra(moves: _Moves, budget: int | None, search: Search) -> list[Schedule] | None:
     """Return [cheapest schedule], [] when there is none, None when the search was cut short."""
-    start: State = (0, 0)
+    start: State = (0, 0, 0)
     best: dict[State, int] = {start: 0}
     came: dict[State, tuple[State, OpId]] = {}
     queue: list[tuple[int, State]] = [(0, start)]
@@ -110,20 +115,25 @@ def _dijkstra(moves: _Moves, budget: int | None, search: Search) -> list[Schedul
 
 
 def _steps(moves: _Moves, state: State, length: int, budget: int | None) -> Iterator[tuple[State, OpId, int]]:
-    done, live = state
+    done, live, crossed = state
     for after in moves.frees(live):
-        yield (done, after), -1, length
+        yield (done, after, crossed & after), -1, length
     for move in moves.moves:
         if move.reads & ~live or move.turn not in (-1, done):
             continue
         if move.turn < 0 and not move.writes & ~live:
             continue
         used = moves.bytes(live | move.writes) + move.extra_bytes
-        then: State = (done + int(move.turn >= 0), live | move.writes)
-        if budget is None:
-            yield then, move.op, max(length, used)
-        elif used <= budget:
-            yield then, move.op, length + move.cost_ns
+        old = live & moves.takeable if move.turn == moves.turn else crossed & ~move.writes
+        done_then, live_then = done + int(move.turn >= 0), live | move.writes
+        ways: list[tuple[State, int]] = [((done_then, live_then, old), used)]
+        if move.takes_over & live & ~crossed:
+            ways.append(((done_then, live_then & ~move.takes_over, old), used - move.taken_bytes))
+        for then, bytes_then in ways:
+            if budget is None:
+                yield then, move.op, max(length, bytes_then)
+            elif bytes_then <= budget:
+                yield then, move.op, length + move.cost_ns
 
 
 def _walk(came: dict[State, tuple[State, OpId]], state: State) -> Schedule:

@@ -41,6 +41,8 @@ class Op:
     whose
     values (all or some) this op can also write: a BatchNorm without its statistics update, a backward op that
     reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
+    `takes_over` names a value that it reads and whose memory its one write uses, wherever that read is the
+    value's last and the value was written on the same side of the turn: an operand written over in place.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Op:
     repeatable: bool = True
     instead_of: OpId | None = None
     kind: Kind = Kind.COMPUTE
+    takes_over: ValueId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,15 @@ class Problem:
         """Raise MalformedProblem, naming the op and the value, unless the problem is well formed."""
         _check_ids(self)
         _check_program(self)
+        _check_take_overs(self)
 
     def with_budget(self, budget_bytes: int) -> Problem:
         """Return the same problem under another budget."""
         return replace(self, budget_bytes=budget_bytes)
+
+    def out_of_place(self) -> Problem:
+        """Return the same problem with every op writing memory of its own."""
+        return replace(self, ops=tuple(replace(op, takes_over=None) for op in self.ops))
 
     def program_cost_ns(self) -> int:
         """Return the cost of running every op of the program once."""
@@ -214,3 +222,27 @@ def _check_program(problem: Problem) -> None:
         written.update(op.writes)
     if not problem.keep <= written:
         raise MalformedProblem("a value to keep is never written by the program")
+
+
+def _check_take_overs(problem: Problem) -> None:
+    position = {o: t for t, o in enumerate(problem.program)}
+    write = {v: t for t, o in enumerate(problem.program) for v in problem.ops[o].writes}
+    last: dict[tuple[ValueId, bool], int] = {}
+    for t, o in enumerate(problem.program):
+        last.update(((v, t > problem.turn), t) for v in problem.ops[o].reads)
+    for i, op in enumerate(problem.ops):
+        v = op.takes_over
+        if v is None:
+            continue
+        where = f"op {i} {op.name!r} takes over value {v}"
+        if v not in op.reads or len(op.writes) != 1 or v in op.writes:
+            raise MalformedProblem(f"{where}, but does not read it and write one other value")
+        if problem.value_bytes[v] != problem.value_bytes[op.writes[0]]:
+            raise MalformedProblem(f"{where}, which has another size than what it writes")
+        t = position.get(i if op.instead_of is None else op.instead_of, problem.turn)
+        if v in problem.keep or v not in write or t == problem.turn:
+            raise MalformedProblem(f"{where}, which is kept to the end, or at the turn")
+        if (write[v] >= problem.turn) != (t > problem.turn):
+            raise MalformedProblem(f"{where}, which comes from the other side of the turn")
+        if last[v, t > problem.turn] != t:
+            raise MalformedProblem(f"{where}, which a later op of the same half reads")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Protocol
 
-from solvers.problem import Problem, Schedule, ValueId
+from solvers.problem import OpId, Problem, Schedule, ValueId
 
 
 class InvalidSchedule(ValueError):
@@ -21,13 +23,30 @@ class Usage:
     bytes_at: tuple[int, ...]
 
 
+class Accesses(Protocol):
+    """What `take_overs` needs to know of an op: a Problem's `Op` has it, and so has an instruction of a graph."""
+
+    @property
+    def reads(self) -> tuple[ValueId, ...]:
+        """Values read."""
+
+    @property
+    def writes(self) -> tuple[ValueId, ...]:
+        """Values written."""
+
+    @property
+    def takes_over(self) -> ValueId | None:
+        """The value whose memory the write may use."""
+
+
 def simulate(problem: Problem, schedule: Schedule) -> Usage:
     """Execute `schedule` on paper and return its Usage.
 
     While step t runs, in use are: `fixed_bytes`, the workspace of its op, and every live value. A value is
     live
     from the step that writes it to its last read before the next write (at least during the write itself);
-    a value to keep is live from its last write to the end.
+    a value to keep is live from its last write to the end. A value that is taken over (`take_overs`) is live
+    until the step before: its memory then is that of the value written.
 
     Raises:
         InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or
@@ -47,6 +66,31 @@ def simulate(problem: Problem, schedule: Schedule) -> Usage:
         cost += problem.ops[o].cost_ns
     peak = max(bytes_at, default=problem.fixed_bytes)
     return Usage(cost, peak, bytes_at.index(peak) if bytes_at else 0, tuple(bytes_at))
+
+
+def take_overs(ops: Sequence[Accesses], schedule: Schedule, turn: OpId, keep: Set[ValueId]) -> dict[int, ValueId]:
+    """Return {step: the value taken over there}: read for the last time, written on the same side of `turn`.
+
+    What is saved across the turn is never written over: a backward pass may be run again.
+    """
+    late, after = dict[ValueId, bool](), False
+    candidates = []
+    for t, o in enumerate(schedule):
+        v = ops[o].takes_over
+        if v is not None and late.get(v) is after:
+            candidates.append(t)
+        after = after or o == turn
+        late.update(dict.fromkeys(ops[o].writes, after))
+    if not candidates:
+        return {}
+    wanted, needed, found = set(candidates), set(keep), dict[int, ValueId]()
+    for t in reversed(range(len(schedule))):
+        op = ops[schedule[t]]
+        if t in wanted and op.takes_over is not None and op.takes_over not in needed:
+            found[t] = op.takes_over
+        needed.difference_update(op.writes)
+        needed.update(op.reads)
+    return found
 
 
 def live_at(problem: Problem, schedule: Schedule, step: int) -> tuple[ValueId, ...]:
@@ -69,12 +113,13 @@ def _lifespans(problem: Problem, schedule: Schedule) -> list[tuple[ValueId, int,
     """Return (value, first step, last step) of every version of every value, both steps included."""
     spans: list[tuple[ValueId, int, int]] = []
     current: dict[ValueId, tuple[int, int]] = {}
+    taken = take_overs(problem.ops, schedule, problem.program[problem.turn], problem.keep)
     for t, o in enumerate(schedule):
         op = problem.ops[o]
         for v in op.reads:
             if v not in current:
                 raise InvalidSchedule(f"step {t}: op {o} {op.name!r} reads value {v} before it is written")
-            current[v] = (current[v][0], t)
+            current[v] = (current[v][0], t - 1 if taken.get(t) == v else t)
         for v in op.writes:
             if v in current:
                 spans.append((v, *current[v]))

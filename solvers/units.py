@@ -207,12 +207,13 @@ def _base(problem: Problem, units: list[Unit], spans: dict[ValueId, Span]) -> tu
         if v in problem.keep:
             last = n - 1
         elif v not in owned:
-            last = max(last, *span.backward, last)
+            last = span.last
         delta[span.write] += problem.value_bytes[v]
         delta[last + 1] -= problem.value_bytes[v]
     ops = [problem.ops[o] for o in problem.program]
     workspace = np.array([op.workspace_bytes for op in ops], np.int64)
-    writes = np.array([_bytes(problem, op.writes) for op in ops], np.int64)
+    taken = [0 if op.takes_over is None else problem.value_bytes[op.takes_over] for op in ops]
+    writes = np.array([_bytes(problem, op.writes) for op in ops], np.int64) - np.array(taken, np.int64)
     return problem.fixed_bytes + np.cumsum(delta[:n]) + workspace, workspace + writes
 
 

@@ -45,7 +45,7 @@ class Builder:
 
     def layer(self, kind: str, x: int, others: list[int]) -> int:
         """Add one layer on value x; return its output."""
-        size = self.size()
+        size = self.rng.choice((self.size(), self.sizes[x] // self.unit))
         if kind == "dropout":
             mask, y = self.value("mask", size), self.value("y", size)
             p = self.op("dropout", (x,), (y, mask), repeatable=False)
@@ -92,6 +92,7 @@ class Builder:
         self.op("done", (), (peak,), repeatable=False)
         self.keep.add(peak)
         fixed = self.rng.randint(0, 3) * self.unit
+        self.take_over(turn)
         return Problem(
             name,
             tuple(self.ops),
@@ -103,6 +104,21 @@ class Builder:
             fixed,
             0,
         )
+
+    def take_over(self, turn: int) -> None:
+        """Let most ops that could write over an operand do so, their alternatives as they like."""
+        write = {v: t for t, o in enumerate(self.program) for v in self.ops[o].writes}
+        last = {(v, t > turn): t for t, o in enumerate(self.program) for v in self.ops[o].reads}
+        for i, op in enumerate(self.ops):
+            o = i if op.instead_of is None else op.instead_of
+            if o not in self.program or self.program.index(o) == turn or len(op.writes) != 1:
+                continue
+            t = self.program.index(o)
+            same = [v for v in op.reads if v in write and self.sizes[v] == self.sizes[op.writes[0]]]
+            same = [v for v in same if v not in (*self.keep, *op.writes) and (write[v] >= turn) == (t > turn)]
+            free = [v for v in same if last.get((v, t > turn)) == t]
+            if free and op.repeatable and self.rng.random() < 0.8:
+                self.ops[i] = replace(op, takes_over=self.rng.choice(free))
 
     def total(self, grads: dict[int, list[int]], v: int) -> int | None:
         """The gradient of v, its parts added up."""

@@ -66,6 +66,7 @@ def op_changed(index: int, **fields: Any) -> str:
         (op_changed(0, kind="magic"), "field"),
         (op_changed(0, reads=[1]), "before it is written"),
         (op_changed(1, writes=[0]), "another program op writes|before it is written"),
+        (op_changed(0, takes_over=0), "op 0 .* takes over value 0, but does not read it"),
     ],
 )
 def test_malformed_ops(text: str, words: str) -> None:

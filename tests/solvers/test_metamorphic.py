@@ -30,7 +30,8 @@ def relabelled(problem: Problem, seed: int) -> Problem:
     for o, old in enumerate(problem.ops):
         reads, writes = tuple(value[v] for v in old.reads), tuple(value[v] for v in old.writes)
         stands = None if old.instead_of is None else op[old.instead_of]
-        ops[op[o]] = replace(old, reads=reads, writes=writes, instead_of=stands)
+        taken = None if old.takes_over is None else value[old.takes_over]
+        ops[op[o]] = replace(old, reads=reads, writes=writes, instead_of=stands, takes_over=taken)
     sizes, names = [0] * len(value), [""] * len(value)
     for v, new in enumerate(value):
         sizes[new], names[new] = problem.value_bytes[v], problem.value_names[v]

@@ -8,7 +8,7 @@ import pytest
 
 from solvers import InvalidSchedule, Kind, Op, Problem, Solution, SolverBroken, Status, simulate, solve
 from solvers.problem import Limits
-from solvers.simulate import fits, live_at
+from solvers.simulate import fits, live_at, take_overs
 from tests.solvers.problems import random_problem
 
 
@@ -54,6 +54,38 @@ def test_a_value_written_twice_without_a_read_between_is_not_held_between() -> N
     assert usage.bytes_at == (104, 118, 114, 120, 115, 116, 113)
 
 
+def in_place() -> Problem:
+    """x(4) r(4) over x; turn t(4); g(4) reads t; h(4) over g, and reads r; x's gradient h stays. `again` is r's op."""
+    ops = (
+        Op("x", (), (0,), 10),
+        Op("r", (0,), (1,), 20, takes_over=0),
+        Op("turn", (1,), (2,), 0, repeatable=False),
+        Op("g", (2,), (3,), 40),
+        Op("h", (1, 3), (4,), 50, takes_over=3),
+    )
+    return Problem("in place", ops, (0, 1, 2, 3, 4), 2, (4,) * 5, tuple("xrtgh"), frozenset({4}), 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected", "taken"),
+    [
+        # x | r over x | r t | r t g | r h over g
+        ((0, 1, 2, 3, 4), (104, 104, 108, 112, 108), {1: 0, 4: 3}),
+        # x is read again after the turn: r cannot have its memory, nor may the second r, for x crossed the turn
+        ((0, 1, 2, 1, 3, 4), (104, 108, 112, 112, 112, 108), {5: 3}),
+        # x and r come back after the turn: the second r may
+        ((0, 1, 2, 0, 1, 3, 4), (104, 104, 108, 108, 108, 112, 108), {1: 0, 4: 0, 6: 3}),
+    ],
+)
+def test_take_overs_by_hand(schedule: tuple[int, ...], expected: tuple[int, ...], taken: dict[int, int]) -> None:
+    problem = in_place()
+    assert take_overs(problem.ops, schedule, 2, problem.keep) == taken
+    assert simulate(problem, schedule).bytes_at == expected
+    apart = problem.out_of_place()
+    assert simulate(apart, schedule).cost_ns == simulate(problem, schedule).cost_ns
+    assert sum(simulate(apart, schedule).bytes_at) == sum(expected) + 4 * len(taken)
+
+
 def test_live_values_are_listed_largest_first() -> None:
     assert live_at(chain(), (0, 1, 2, 3, 4, 5), 3) == (1, 0, 2, 3)
 
@@ -89,6 +121,7 @@ def brute(problem: Problem, schedule: tuple[int, ...]) -> tuple[int, int] | None
         used = problem.fixed_bytes + ops[o].workspace_bytes
         for v, size in enumerate(problem.value_bytes):
             used += size * (held(problem, schedule, v, t) + (v in ops[o].writes))
+        used -= taken_bytes(problem, schedule, t)
         peak = max(peak, used)
     if any(all(v not in ops[s].writes for s in schedule) for v in problem.keep):
         return None
@@ -106,6 +139,16 @@ def held(problem: Problem, schedule: tuple[int, ...], v: int, t: int) -> bool:
         if v in problem.ops[s].writes:
             return False
     return v in problem.keep
+
+
+def taken_bytes(problem: Problem, schedule: tuple[int, ...], t: int) -> int:
+    """Bytes that step t writes over: of a value it may take, not needed later, and not from across the turn."""
+    v = problem.ops[schedule[t]].takes_over
+    if v is None or held(problem, schedule, v, t + 1):
+        return 0
+    written = max(s for s in range(t) if v in problem.ops[schedule[s]].writes)
+    crossed = written < schedule.index(problem.program[problem.turn]) < t
+    return 0 if crossed else problem.value_bytes[v]
 
 
 @pytest.mark.parametrize("seed", range(60))
