@@ -14,6 +14,7 @@ from graphplan.errors import InfeasibleBudget
 from graphplan.lift import schedule_of
 from graphplan.optimize import device_of, find_least, make_options, make_plan, prepare
 from graphplan.plan import Plan
+from graphplan.progress import Report, quiet
 from graphplan.tree import as_tuple
 
 
@@ -29,6 +30,7 @@ def pareto(
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
+    report: Report = quiet,
 ) -> tuple[Plan, ...]:
     """Return up to `points` plans from the least feasible peak to the unplanned one, evenly spaced in bytes.
 
@@ -36,7 +38,7 @@ def pareto(
     are shared by all points. Arguments as in `optimize`.
     """
     share = time_limit / max(1, points)
-    options = make_options("100%", codecs, 0.1, solver, share, device, loss_fn, example_targets)
+    options = make_options("100%", codecs, 0.1, solver, share, device, loss_fn, example_targets, report)
     captured = capture(model, as_tuple(example_inputs), example_kwargs)
     there = device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, there, run=device is None)

@@ -268,8 +268,11 @@ def apply(
     example_kwargs: Mapping[str, Any] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
+    device: Device | None = None,
 ) -> PlannedModule:
     """Return `model` executing a plan that was made elsewhere for the same graph: no solving here.
+
+    Each op's workspace is measured on this machine, or taken from a saved `device`.
 
     Raises:
         PlanMismatch: the plan is for another graph, names an op that this one lacks, or does not fit its own
@@ -277,7 +280,9 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
-    options = make_options(plan.budget_bytes, plan.codecs or "none", loss_fn=loss_fn, example_targets=example_targets)
+    options = make_options(
+        plan.budget_bytes, plan.codecs or "none", device=device, loss_fn=loss_fn, example_targets=example_targets
+    )
     planned = PlannedModule(model, options)
     planned.adopt(plan, *as_tuple(example_inputs), **dict(example_kwargs or {}))
     return planned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -14,6 +15,24 @@ Report = Callable[[str, int, int], None]
 
 def quiet(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+class Stages:
+    """A Report that passes everything on and keeps how long each stage took, from its first report to its last."""
+
+    def __init__(self, report: Report) -> None:
+        """Listen in front of `report`."""
+        self.report, self.spans = report, dict[str, tuple[float, float]]()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report, and note the time."""
+        now = time.perf_counter()
+        self.spans[stage] = (self.spans.get(stage, (now, now))[0], now)
+        self.report(stage, done, total)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage, in order."""
+        return {stage: last - first for stage, (first, last) in self.spans.items()}
 
 
 @contextlib.contextmanager

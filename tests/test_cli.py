@@ -301,3 +301,41 @@ def test_example_inputs_and_training_mode(factory: str) -> None:
     assert resolve(f"{factory}:evaluated").module.training
     with pytest.raises(BadInput, match="--input"):
         resolve(f"{factory}:pair", batch=3)
+
+
+def test_the_frontier_as_json_picture_and_plans(factory: str, tmp_path: Path) -> None:
+    out, plot = tmp_path / "plans", tmp_path / "frontier.png"
+    out.mkdir()
+    words = ("pareto", f"{factory}:with_loss", "--points", "4", "--out", out, "--plot", plot, "--time-limit", "6")
+    plans = answer(*words)["plans"]
+    costs, peaks = [p["cost_ns"] for p in plans], [p["peak_bytes"] for p in plans]
+    assert costs == sorted(costs, reverse=True)
+    assert peaks == sorted(peaks)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(list(out.iterdir())) == len(plans)
+    assert "Frontier of" in call(*words, "--table").stdout
+
+
+def test_trace_prints_the_graph_or_its_code(factory: str, tmp_path: Path) -> None:
+    traced = answer("trace", f"{factory}:pair")
+    assert traced["ops"] > 10
+    assert "--- backward ---" in traced["text"]
+    out = tmp_path / "graph.txt"
+    assert "wrote" in call("trace", f"{factory}:pair", "--code", "--out", out, "--table").stdout
+    assert "def forward(self" in out.read_text()
+
+
+def test_a_device_profile_stands_in_for_its_machine(factory: str, tmp_path: Path) -> None:
+    out = tmp_path / "device.json"
+    found = answer("profile", f"{factory}:pair", "--out", out)
+    assert found["step_ns"] == sum(op["ns"] for op in found["ops"]) > 0
+    planned = answer("plan", f"{factory}:pair", "--budget", "100%", "--device", out, *SMALL)
+    assert planned["measured"]
+    assert "memory of each op" not in planned["stages_s"]
+    assert "capture" in planned["stages_s"]
+    assert "All ops once" in call("profile", f"{factory}:pair", "--table").stdout
+    assert "cannot read device" in refused(
+        BAD_INPUT, "plan", f"{factory}:pair", "--budget", "60%", "--device", tmp_path / "absent.json"
+    )
+    out.write_text("{")
+    assert "not a device file" in refused(BAD_INPUT, "plan", f"{factory}:pair", "--budget", "60%", "--device", out)

@@ -1,4 +1,4 @@
-"""The command line: `graphplan plan | show | diff | run | check | solvers | models | demo`."""
+"""The command line of graphplan: a table of commands, each a function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from graphplan.cli import demo, plan_commands, run_commands
+from graphplan.cli import demo, explore_commands, plan_commands, run_commands
 from graphplan.cli.output import EXIT_CODES
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diff": plan_commands.diff,
     "run": run_commands.run,
     "check": run_commands.check,
+    "pareto": explore_commands.pareto,
+    "trace": explore_commands.trace,
+    "profile": explore_commands.profile,
     "solvers": plan_commands.list_solvers,
     "models": plan_commands.list_models,
     "demo": demo.demo,

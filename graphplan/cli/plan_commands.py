@@ -11,13 +11,15 @@ import typer
 from torch import nn
 
 import solvers
+from graphplan.capture import capture
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
+from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, make_options, plan_model
+from graphplan.optimize import Options, device_of, make_options, plan_model, prepare
 from graphplan.plan import Plan
-from graphplan.progress import Report, bars
+from graphplan.progress import Report, Stages, bars
 from graphplan.units import format_bytes, format_ns
 from solvers import Limits, Solution
 
@@ -28,6 +30,9 @@ Codecs = Annotated[str, typer.Option(help='"exact", "none", or names with commas
 SolverName = Annotated[str, typer.Option(help='A name from `graphplan solvers`, or "all" to compare them.')]
 TimeLimit = Annotated[float, typer.Option(help="Seconds for solving.")]
 Out = Annotated[Path | None, typer.Option(help="Write the plan here (JSON).")]
+DeviceFile = Annotated[
+    Path | None, typer.Option("--device", help="Plan for the machine saved in this file (`graphplan profile --out`).")
+]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan written by `graphplan plan --out`.")]
 
 
@@ -47,6 +52,7 @@ def plan(
     solver: SolverName = "auto",
     time_limit: TimeLimit = 30.0,
     out: Out = None,
+    device: DeviceFile = None,
     graph: Annotated[bool, typer.Option("--graph", help="Print the captured graph too.")] = False,
     size: Size = "real",
     batch: Batch = None,
@@ -55,11 +61,12 @@ def plan(
 ) -> None:
     """Plan a model's training step under a budget and say what the plan does; nothing is trained."""
     with answering(as_json) as json_wanted:
-        checked = read_options(budget, codecs, "auto" if solver == ALL else solver, time_limit)
+        checked = read_options(budget, codecs, "auto" if solver == ALL else solver, time_limit, load_device(device))
         check_folder(out)
         with bars() as report:
+            stages = Stages(report)
             named = resolve(model, size, batch, inputs)
-            options = with_loss(checked, named, report)
+            options = with_loss(checked, named, stages)
             rows: list[Row] = []
             if solver == ALL:
                 prepared, made, rows = compare(named, options)
@@ -69,13 +76,14 @@ def plan(
             made.save(out)
         if json_wanted:
             extra = {"graph": str(prepared.graph)} if graph else {}
-            _plan_as_json(made, rows, out, extra)
+            _plan_as_json(made, rows, out, {**extra, "stages_s": stages.seconds()})
             return
         if graph:
             show(str(prepared.graph))
         show(*plan_tables(made))
         if rows:
             show(_solver_table(rows, made))
+        show("Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in stages.seconds().items()) + ".")
         show(_next(model, budget, out, size, batch, inputs))
 
 
@@ -136,12 +144,14 @@ def list_models(as_json: AsJson = None) -> None:
         )
 
 
-def read_options(budget: str, codecs: str, solver: str = "auto", time_limit: float = 30.0) -> Options:
+def read_options(
+    budget: str, codecs: str, solver: str = "auto", time_limit: float = 30.0, device: Device | None = None
+) -> Options:
     """Check what was typed before any model is built."""
     chosen: str | list[str] = codecs
     if "," in codecs:
         chosen = [c.strip() for c in codecs.split(",") if c.strip()]
-    return make_options(budget, chosen, solver=solver, time_limit=time_limit)
+    return make_options(budget, chosen, solver=solver, time_limit=time_limit, device=device)
 
 
 def with_loss(options: Options, named: Named, report: Report) -> Options:
@@ -160,6 +170,19 @@ def load_plan(path: Path) -> Plan:
         return Plan.load(path)
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot read plan {str(path)!r}: {e.strerror if isinstance(e, OSError) else e}") from e
+
+
+def load_device(path: Path | None) -> Device | None:
+    """Read a device file, if one is named.
+
+    Raises:
+        BadInput: there is no such file.
+        DeviceFormatError: it is not a device file.
+    """
+    try:
+        return None if path is None else Device.load(path)
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read device {str(path)!r}: {e.strerror if isinstance(e, OSError) else e}") from e
 
 
 def check_folder(out: Path | None) -> None:
@@ -191,12 +214,11 @@ def compare(named: Named, options: Options) -> tuple[Prepared, Plan, list[Row]]:
 
 def plan_parts(named: Named, options: Options) -> Prepared:
     """Capture and profile a model without solving."""
-    from graphplan.capture import capture
-    from graphplan.device import Device
-    from graphplan.optimize import device_of, prepare
-
+    options.report("capture", 0, 1)
     captured = capture(named.module, named.inputs, None)
-    return prepare(captured, options, Device.this(device_of(named.module, captured)))
+    options.report("capture", 1, 1)
+    machine = options.device or Device.this(device_of(named.module, captured))
+    return prepare(captured, options, machine, run=options.device is None)
 
 
 def _row(prepared: Prepared, solution: Solution) -> Row:
