@@ -1,4 +1,8 @@
-"""Promise 5: a step at a budget of 100 % against plain PyTorch's. `python -m bench.full resnet18 gpt --pairs 31`."""
+"""Promise 5: a step at a budget of 100 % against plain PyTorch's. `python -m bench.full resnet18 gpt --seconds 90`.
+
+Each round runs planned, plain and plain again: the second ratio, of the same thing twice, says what the machine's
+noise alone does. `middle` is the ratio of the two sums of medians, which a few disturbed steps move least.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,24 @@ import argparse
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
+LEAST, MOST = 9, 201  # rounds
 
 
 def main() -> None:
+    import statistics
+
     import torch
 
     import graphplan
-    from bench.pairs import paired
+    from bench.pairs import Ratio, rounds
     from models_zoo import MODELS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=list(MODELS))
-    parser.add_argument("--pairs", type=int, default=31)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--seconds", type=float, default=90.0, help="for each model")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    for name in args.names:
+    for name in args.names or MODELS:
         torch.manual_seed(0)
         entry = MODELS[name]
         model = entry.build_small() if args.small else entry.build()
@@ -32,7 +39,14 @@ def main() -> None:
             for p in module.parameters():
                 p.grad = None
 
-        print(f"{name}: planned / plain {paired(lambda: step(planned), lambda: step(model), args.pairs)}", flush=True)  # noqa: B023
+        calls = (lambda: step(planned), lambda: step(model), lambda: step(model))  # noqa: B023
+        once = sum(rounds(calls, 1)[0]) / 1e9
+        times = rounds(calls, min(MOST, max(LEAST, int(args.seconds / once))))
+        ours, plain, again = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = Ratio.of([2 * a / (b + c) for a, b, c in times])
+        noise = Ratio.of([c / b for _, b, c in times])
+        middle = f"middle {2 * ours / (plain + again):.3f}"
+        print(f"{name}: planned / plain {ratio}, {middle}; plain / plain {noise}; {len(times)} rounds", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Paired timing: two callables in turn, so that a drifting machine drifts for both."""
+"""Paired timing: callables in turn, so that a drifting machine drifts for all of them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,30 @@ class Ratio:
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
+    @staticmethod
+    def of(ratios: list[float]) -> Ratio:
+        """Return the Ratio of two or more pairs."""
+        low, median, high = statistics.quantiles(ratios, n=4)
+        return Ratio(median, low, high, len(ratios))
+
 
 def paired(a: Callable[[], object], b: Callable[[], object], pairs: int, warmup: int = 2) -> Ratio:
     """Run a, b, a, b, ... and return the Ratio; the order inside a pair alternates."""
+    return Ratio.of([x / y for x, y in rounds((a, b), pairs, warmup)])
+
+
+def rounds(calls: tuple[Callable[[], object], ...], count: int, warmup: int = 2) -> list[tuple[int, ...]]:
+    """Return the ns of every call in each of `count` rounds; the order inside a round rotates."""
     for _ in range(warmup):
-        a()
-        b()
-    ratios = []
-    for i in range(pairs):
-        first, second = (a, b) if i % 2 == 0 else (b, a)
-        start = time.perf_counter_ns()
-        first()
-        middle = time.perf_counter_ns()
-        second()
-        end = time.perf_counter_ns()
-        x, y = middle - start, end - middle
-        ratios.append(x / y if i % 2 == 0 else y / x)
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return Ratio(median, low, high, pairs)
+        for call in calls:
+            call()
+    found = []
+    for i in range(count):
+        times = [0] * len(calls)
+        for k in range(len(calls)):
+            j = (i + k) % len(calls)
+            start = time.perf_counter_ns()
+            calls[j]()
+            times[j] = time.perf_counter_ns() - start
+        found.append(tuple(times))
+    return found
