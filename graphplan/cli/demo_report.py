@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphplan.cli.output import pyplot
 from graphplan.cli.tables import grid, share
 from graphplan.units import format_bytes, format_ns
 
@@ -85,9 +85,7 @@ def _figures(outcome: Outcome) -> Any:
 
 def draw(outcome: Outcome, path: Path) -> None:
     """Draw both memory timelines and the budget."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 5), dpi=130)
     for name, result, colour in (
         ("unplanned", outcome.eager, UNPLANNED),

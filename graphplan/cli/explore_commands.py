@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from graphplan.capture import capture
 from graphplan.cli.models import Batch, Inputs, ModelName, Size, resolve
-from graphplan.cli.output import AsJson, answering, show, show_json
+from graphplan.cli.output import AsJson, answering, pyplot, show, show_json
 from graphplan.cli.plan_commands import Codecs, DeviceFile, TimeLimit, check_folder, load_device, read_options
 from graphplan.cli.tables import FATES, grid, plan_json, share
 from graphplan.codecs import choose_codecs
@@ -48,6 +47,8 @@ def pareto(
         options = read_options("100%", codecs, "auto", time_limit)
         machine = load_device(device)
         check_folder(plot)
+        if plot is not None:
+            pyplot()  # refused now, not after the plans are made
         check_folder(None if out is None else out / "plan.json")
         named = resolve(model, size, batch, inputs)
         with bars() as report:
@@ -126,9 +127,7 @@ def profile(
 
 def draw(plans: Sequence[Plan], path: Path) -> None:
     """Draw overhead against peak, and the proven bound."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
     peaks = [p.peak_bytes / 2**20 for p in plans]
     axes.plot(peaks, [100 * p.overhead for p in plans], marker="o", linewidth=1.6, label="plan")

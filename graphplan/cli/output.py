@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,19 @@ def answering(as_json: bool | None) -> Iterator[bool]:
                 found.update(minimum_bytes=e.minimum_bytes, binding_op=e.binding_op)
             show_json(found)
         raise typer.Exit(code) from e
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing into files.
+
+    Raises:
+        BadInput: matplotlib is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ModuleNotFoundError as e:
+        raise BadInput(f"a picture needs matplotlib ({e}): pip install 'graphplan[demo]'") from e
 
 
 def exit_code(error: GraphplanError) -> int:
