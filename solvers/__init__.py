@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 from solvers.auto import solve_auto
 from solvers.bounds import WorkingSet, working_set
+from solvers.checkmate import solve_checkmate
 from solvers.chen import solve_chen
+from solvers.dtr import solve_dtr
 from solvers.greedy import solve_greedy
 from solvers.ilp import solve_ilp
 from solvers.keep_all import solve_keep_all
 from solvers.least import least_peak
+from solvers.melon import solve_melon
+from solvers.moccasin import solve_moccasin
 from solvers.oracle import solve_oracle
 from solvers.problem import (
     Kind,
@@ -25,6 +29,8 @@ from solvers.problem import (
     Status,
     ValueId,
 )
+from solvers.pytorch_knapsack import solve_pytorch_knapsack
+from solvers.rotor import solve_rotor
 from solvers.simulate import InvalidSchedule, Usage, fits, live_at, simulate, take_overs
 
 SOLVERS: dict[str, Callable[[Problem, Limits], Solution]] = {
@@ -33,6 +39,12 @@ SOLVERS: dict[str, Callable[[Problem, Limits], Solution]] = {
     "chen": solve_chen,
     "greedy": solve_greedy,
     "ilp": solve_ilp,
+    "melon": solve_melon,
+    "dtr": solve_dtr,
+    "checkmate": solve_checkmate,
+    "moccasin": solve_moccasin,
+    "rotor": solve_rotor,
+    "pytorch_knapsack": solve_pytorch_knapsack,
     "oracle": solve_oracle,
 }
 
@@ -42,6 +54,12 @@ DESCRIPTIONS: dict[str, str] = {
     "chen": "sqrt(n) segments of equal bytes (Chen et al. 2016), best count; proves nothing, no codecs",
     "greedy": "most memory for the time, then polish; seconds at any size, proves nothing",
     "ilp": "proves optimal or infeasible among plans with one recompute a value; cannot see two recomputes",
+    "melon": "size * lifetime / cost (Wang et al. 2022); proves nothing, no codecs",
+    "dtr": "online eviction (Kirisame et al. 2021), recomputes any number of times; proves nothing, no codecs",
+    "checkmate": "the staged MILP (Jain et al. 2020): any recomputes, no codecs; small problems only",
+    "moccasin": "retention intervals on CP-SAT (Bartan et al. 2023); proves nothing here, no codecs",
+    "rotor": "optimal for chains (Beaumont et al. 2019); skips and workspace escape it, no codecs",
+    "pytorch_knapsack": "PyTorch's budget on our costs, its best ratio; cannot price chains or transients, no codecs",
     "oracle": "proves optimal or infeasible among all schedules; only for problems of about 14 values",
 }
 
