@@ -58,6 +58,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         baseline_cost_ns=problem.program_cost_ns(),
         lower_bound_ns=solution.lower_bound_ns,
         bound_class=solution.bound_class,
+        any_bound_ns=solution.any_bound_ns,
         status=solution.status.name.lower(),
         solver=solution.solver,
         codecs=prepared.codecs,

@@ -177,6 +177,7 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
         prepared.problem.program_cost_ns(),
         "any plan",
         f"{plan.solver} (carried)",
+        any_bound_ns=prepared.problem.program_cost_ns(),
     )
     return lift(prepared, solution, plan.minimum_peak_bytes)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import solvers
 from graphplan.capture import capture
 from graphplan.device import Device
-from graphplan.errors import InfeasibleBudget
-from graphplan.lift import schedule_of
-from graphplan.optimize import device_of, find_least, make_options, make_plan, prepare
+from graphplan.lift import lift
+from graphplan.optimize import device_of, find_least, make_options, prepare
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.tree import as_tuple
+from solvers import Limits
 
 
 def pareto(
@@ -35,26 +36,32 @@ def pareto(
     """Return up to `points` plans from the least feasible peak to the unplanned one, evenly spaced in bytes.
 
     Dominated plans are left out: each returned plan is cheaper than every plan before it. `time_limit` seconds
-    are shared by all points. Arguments as in `optimize`.
+    are shared by all points, which `solve_family` answers together. Arguments as in `optimize`.
     """
-    share = time_limit / max(1, points)
-    options = make_options("100%", codecs, 0.1, solver, share, device, loss_fn, example_targets, report)
+    options = make_options("100%", codecs, 0.1, solver, time_limit, device, loss_fn, example_targets, report)
     captured = capture(model, as_tuple(example_inputs), example_kwargs)
     there = device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, there, run=device is None)
     smallest = find_least(prepared, options)
-    top = make_plan(prepared, smallest, options)
-    least = top.minimum_peak_bytes
+    least, top = smallest.least_peak_bytes, prepared.baseline_peak_bytes
+    assert least is not None
+    assert smallest.schedule is not None
+    steps = max(1, points - 1)
+    budgets = sorted({least + (top - least) * i // steps for i in range(max(1, points))} | {top})
+    problem = prepared.problem
+    limits = Limits(seconds=time_limit, known=(smallest.schedule,))
+    report("solving", 0, 1)
+    if solver == "auto":
+        found = solvers.solve_family(problem, budgets, limits)
+    else:
+        share = replace(limits, seconds=time_limit / len(budgets))
+        found = tuple(solvers.solve(problem.with_budget(b), solver, share) for b in budgets)
+    report("solving", 1, 1)
     plans: list[Plan] = []
-    for i in range(max(1, points) - 1):
-        budget = least + (top.peak_bytes - least) * i // max(1, points - 1)
-        try:
-            known = tuple(schedule_of(prepared, p.steps) for p in plans)
-            plan = make_plan(replace(prepared, problem=prepared.problem.with_budget(budget)), smallest, options, known)
-        except InfeasibleBudget:
+    for budget, solution in zip(budgets, found, strict=True):
+        if solution.schedule is None:
             continue
+        plan = lift(replace(prepared, problem=problem.with_budget(budget)), solution, least)
         if not plans or plan.cost_ns < plans[-1].cost_ns:
             plans.append(plan)
-    if not plans or top.cost_ns < plans[-1].cost_ns:
-        plans.append(top)
     return tuple(plans)

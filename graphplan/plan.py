@@ -11,7 +11,7 @@ from graphplan.errors import PlanFormatError
 from graphplan.units import format_bytes, format_ns
 
 FORMAT = "graphplan-plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Plan:
     The figures hold for a step that begins with every `p.grad` None (`zero_grad()`'s default); gradients that
     already exist cost their own bytes beside it. `overhead` is extra time over running every op once, as a
     fraction; `lower_bound_ns` bounds `cost_ns` over every plan of class `bound_class`; `gap` is
-    (cost - bound) / cost.
+    (cost - bound) / cost. `any_bound_ns` and `any_gap` are the same for every plan in the program's order,
+    however often it recomputes after the turn.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     baseline_cost_ns: int
     lower_bound_ns: int
     bound_class: str
+    any_bound_ns: int
     status: str
     solver: str
     codecs: tuple[str, ...]
@@ -74,6 +76,11 @@ class Plan:
     def gap(self) -> float:
         """How far `cost_ns` may be above the best plan of class `bound_class`, as a fraction of `cost_ns`."""
         return max(0, self.cost_ns - self.lower_bound_ns) / max(1, self.cost_ns)
+
+    @property
+    def any_gap(self) -> float:
+        """How far `cost_ns` may be above any plan in the program's order, as a fraction of `cost_ns`."""
+        return max(0, self.cost_ns - self.any_bound_ns) / max(1, self.cost_ns)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Return (how many, bytes) of the activations of each fate."""
@@ -142,7 +149,8 @@ class Plan:
         """Return the plan as text: first who made it and what it promises, then every decision."""
         head = (
             f"# plan: {self.model}, {self.solver}, {self.status}; budget {format_bytes(self.budget_bytes)}, "
-            f"peak {format_bytes(self.peak_bytes)}, +{self.overhead:.2%} time, gap {self.gap:.2%} ({self.bound_class})"
+            f"peak {format_bytes(self.peak_bytes)}, +{self.overhead:.2%} time, "
+            f"gap {self.gap:.2%} ({self.bound_class}), {self.any_gap:.2%} (any plan in this order)"
         )
         unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"
         lines = [head, f"{unplanned}; least feasible {format_bytes(self.minimum_peak_bytes)} ({self.minimum_reason})"]

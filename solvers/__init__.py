@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from solvers.auto import solve_auto
-from solvers.bounds import WorkingSet, working_set
+from solvers.bounds import ONE_RECOMPUTE, WorkingSet, working_set
 from solvers.checkmate import solve_checkmate
 from solvers.chen import solve_chen
 from solvers.dtr import solve_dtr
+from solvers.family import solve_family
 from solvers.greedy import solve_greedy
 from solvers.ilp import solve_ilp
 from solvers.keep_all import solve_keep_all
@@ -80,6 +82,9 @@ def solve(problem: Problem, solver: str = "auto", limits: Limits | None = None) 
         raise KeyError(f"no solver {solver!r}; there are {', '.join(SOLVERS)}")
     problem.verify()
     solution = SOLVERS[solver](problem, limits or Limits())
+    if solution.bound_class != ONE_RECOMPUTE and solution.schedule is not None:
+        # Bounds on classes that hold every plan in this order, or more.
+        solution = replace(solution, any_bound_ns=max(solution.any_bound_ns, solution.lower_bound_ns))
     _check(problem, solution)
     return solution
 
@@ -98,7 +103,7 @@ def _check(problem: Problem, solution: Solution) -> None:
         raise SolverBroken(
             f"{solution.solver} answered with {usage.peak_bytes} bytes for a budget of {problem.budget_bytes}"
         )
-    if solution.lower_bound_ns > usage.cost_ns:
+    if max(solution.lower_bound_ns, solution.any_bound_ns) > usage.cost_ns:
         raise SolverBroken(f"{solution.solver} bounds its own plan of {usage.cost_ns} ns by {solution.lower_bound_ns}")
 
 
@@ -125,6 +130,7 @@ __all__ = [
     "live_at",
     "simulate",
     "solve",
+    "solve_family",
     "take_overs",
     "working_set",
 ]

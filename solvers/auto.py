@@ -33,7 +33,7 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     search.offer(problem.program, start)
     search.bound_ns = floor
     if closed(search):
-        return search.answer(floor, ANY_PLAN)
+        return replace(search.answer(floor, ANY_PLAN), any_bound_ns=floor)
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)
     search.share, search.stage = GREEDY_SHARE, "known plan"
@@ -46,7 +46,7 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     if search.schedule is None and not _from_least(search, units):
         return _without_plan(search, ONE_RECOMPUTE)
     search.stage = "ilp"
-    return prove(search, units)
+    return prove(search, units)[0]
 
 
 def offer_known(search: Search, units: Units) -> list[Fates]:

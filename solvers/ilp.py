@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from ortools.sat.python import cp_model
 
+from solvers.any_plan import any_plan_bound
 from solvers.bounds import ONE_RECOMPUTE, cost_floor
 from solvers.cuts import explain
 from solvers.epochs import Cut, EpochModel
@@ -30,6 +31,7 @@ LINEAR_ROUNDS = 3
 LINEAR_SHARE = 0.3  # of the time, which the linear relaxation leaves to the integers
 MENDED = 2  # roundings of one linear program that are repaired
 NEW_ROWS = 10
+ANY_SECONDS = 1.0  # at least, for the bound on any plan
 SLICE = 0.4  # of the time left, for one round
 LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
 
@@ -44,12 +46,15 @@ def solve_ilp(problem: Problem, limits: Limits) -> Solution:
     search = Search(problem, limits, "ilp")
     search.offer(problem.program, keep_everything(units))
     improve(search, units, keep_everything(units), tries=0)
-    return prove(search, units)
+    return prove(search, units)[0]
 
 
-def prove(search: Search, units: Units) -> Solution:
-    """Improve the plan that `search` holds and bound it, until both meet or time is up."""
-    rounds = Rounds(units, search.problem.budget_bytes, start_rows(units, search.fates))
+def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[Solution, Rounds]:
+    """Improve the plan that `search` holds and bound it, until both meet or time is up.
+
+    `before` are the rows and cuts that another budget of the same problem needed: they are as valid here.
+    """
+    rounds = Rounds.after(before, units, search)
     search.bound_ns = cost_floor(search.problem, units)
     relax(search, rounds)
     for _ in range(ROUNDS):
@@ -59,7 +64,7 @@ def prove(search: Search, units: Units) -> Solution:
         found = rounds.solve(search.limits, seconds, search.fates)
         if found.infeasible:
             if search.schedule is None:
-                return infeasible(search)
+                return infeasible(search), rounds
             break
         search.bound_ns = max(search.bound_ns, math.ceil(found.bound - 1e-6))
         for fates in found.others:
@@ -75,7 +80,16 @@ def prove(search: Search, units: Units) -> Solution:
             break
         elif found.optimal:
             rounds.gap = search.limits.gap / 2
-    return search.answer(search.bound_ns, ONE_RECOMPUTE)
+    answer = search.answer(search.bound_ns, ONE_RECOMPUTE)
+    return replace(answer, any_bound_ns=bound_any(search, rounds)), rounds
+
+
+def bound_any(search: Search, rounds: Rounds) -> int:
+    """Return the best bound on any plan over two row sets: evenly spaced ones are sometimes the stronger."""
+    problem, seconds = search.problem, max(ANY_SECONDS, search.left())
+    spaced = np.linspace(problem.turn + 1, len(problem.program) - 1, 12)
+    sets = ({int(t) for t in spaced}, rounds.rows)
+    return max(any_plan_bound(rounds.units, problem.budget_bytes, rows, seconds) for rows in sets)
 
 
 def relax(search: Search, rounds: Rounds) -> None:
@@ -183,6 +197,13 @@ class Rounds:
     gap: float = LOOSE
     linear: int = 2  # CP-SAT's linearization_level: 2 proves costs, 1 finds small peaks
     work: float | None = None  # CP-SAT's deterministic seconds a round; None: only the clock counts
+
+    @staticmethod
+    def after(before: Rounds | None, units: Units, search: Search) -> Rounds:
+        """Return the rounds to begin with: rows and cuts of another budget of the same problem are valid here."""
+        rows = start_rows(units, search.fates) | (before.rows if before is not None else set())
+        cuts = list(before.cuts) if before is not None else []
+        return Rounds(units, search.problem.budget_bytes, rows, cuts)
 
     def model(self) -> EpochModel:
         """Return the model that the known rows and cuts make."""

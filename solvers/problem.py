@@ -155,8 +155,9 @@ class Solution:
     """A solver's answer. `schedule` is present exactly when `status` is OPTIMAL or FEASIBLE.
 
     `solver` names who found the schedule, after a colon the stage of it that did. `lower_bound_ns` bounds the
-    cost of every plan of class `bound_class`. `least_peak_bytes` is the smallest peak that this search can vouch
-    for reaching (None: it did not look).
+    cost of every plan of class `bound_class`, `any_bound_ns` that of every plan in the program's order, however
+    often it recomputes after the turn (0: not looked for). `least_peak_bytes` is the smallest peak that this search
+    can vouch for reaching (None: it did not look).
     """
 
     status: Status
@@ -166,6 +167,7 @@ class Solution:
     solver: str
     seconds: float = field(compare=False, default=0.0)
     least_peak_bytes: int | None = None
+    any_bound_ns: int = 0
 
 
 def _from_dict(data: dict[str, Any]) -> Problem:

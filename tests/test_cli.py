@@ -94,6 +94,7 @@ def fixed_plan(**changed: Any) -> Plan:
         "cost_ns": 5_500_000,
         "baseline_cost_ns": 5_000_000,
         "lower_bound_ns": 5_400_000,
+        "any_bound_ns": 5_350_000,
         "bound_class": "one recompute a value",
         "status": "feasible",
         "solver": "auto",

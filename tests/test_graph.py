@@ -131,6 +131,7 @@ def test_plan_text(golden: Callable[[str, str], None]) -> None:
         cost_ns=1_100_000,
         baseline_cost_ns=1_000_000,
         lower_bound_ns=1_050_000,
+        any_bound_ns=1_040_000,
         torch_version="2.13.0",
     )
     golden("plan_tiny.txt", str(plan) + "\n")

@@ -48,6 +48,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "overhead": plan.overhead,
         "gap": plan.gap,
         "bound_class": plan.bound_class,
+        "any_bound_ns": plan.any_bound_ns,
+        "any_gap": plan.any_gap,
         "activations": {FATES[f]: {"count": n, "bytes": b} for f, (n, b) in counts.items()},
         "encoded_bytes": encoded_bytes(plan),
         "peak_step": plan.peak_step,
@@ -79,6 +81,7 @@ def _figures(plan: Plan) -> Table:
     table.add_row("planned peak", format_bytes(plan.peak_bytes), f"{share(plan.peak_bytes, unplanned)} of unplanned")
     table.add_row("predicted overhead", f"+{plan.overhead:.2%}", f"step {format_ns(plan.cost_ns)}")
     table.add_row("gap", f"{plan.gap:.2%}", f"to the best plan of class: {plan.bound_class}")
+    table.add_row("", f"{plan.any_gap:.2%}", "to any plan in this order, however often it recomputes")
     for fate, (count, nbytes) in plan.counts().items():
         note = f"{count} activation{'' if count == 1 else 's'}"
         if fate == "compress" and count:

@@ -1,0 +1,65 @@
+"""One problem at many budgets, as a family: what one budget taught, the next one starts from.
+
+From the smallest budget up: every plan fits the larger budgets too, so that cost never rises; the memory rows and the
+cuts of one budget are valid at any other, and the units are built once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from solvers.auto import offer_known, relax
+from solvers.bounds import ANY_PLAN, cost_floor
+from solvers.evaluate import Fates, keep_everything
+from solvers.greedy import improve
+from solvers.ilp import Rounds, closed, prove
+from solvers.problem import Limits, Problem, Solution, Status
+from solvers.search import Search
+from solvers.units import Units, build_units
+
+REMEMBERED = 3  # plans of smaller budgets that are candidates
+
+
+def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tuple[Solution, ...]:
+    """Return a Solution for each budget in bytes, in ascending order of budgets without repeats.
+
+    `limits.seconds` are for all of them together; what one leaves over, the later ones have. `limits.known` holds
+    schedules to start from, of `least_peak` say: a budget below all of them and greedy's reach is NOT_FOUND.
+    """
+    units, known = build_units(problem), limits.known
+    ordered, started = sorted(set(budgets)), time.monotonic()
+    rounds: Rounds | None = None
+    found: list[Solution] = []
+    for i, budget in enumerate(ordered):
+        left = limits.seconds - (time.monotonic() - started)
+        share = replace(limits, seconds=max(0.05, left / (len(ordered) - i)), known=known)
+        answer, rounds = _member(problem.with_budget(budget), units, share, rounds)
+        found.append(answer)
+        if answer.schedule is not None:
+            known = (*known[-REMEMBERED:], answer.schedule)
+    return tuple(found)
+
+
+def _member(problem: Problem, units: Units, limits: Limits, before: Rounds | None) -> tuple[Solution, Rounds | None]:
+    """Solve one budget from the plans and rows known."""
+    units = replace(units, problem=problem)
+    search = Search(problem, limits, "family")
+    search.bound_ns = cost_floor(problem, units)
+    search.offer(problem.program, keep_everything(units))
+    if closed(search):
+        return replace(search.answer(search.bound_ns, ANY_PLAN), any_bound_ns=search.bound_ns), before
+    for fates in _starts(search, units):
+        relax(search, units, fates)
+    if search.schedule is None:
+        improve(search, units, keep_everything(units), tries=0)
+    if search.schedule is None:
+        return Solution(Status.NOT_FOUND, None, search.bound_ns, ANY_PLAN, "family", search.seconds()), before
+    return prove(search, units, before)
+
+
+def _starts(search: Search, units: Units) -> list[Fates]:
+    """The known plans that fit, the cheapest last: it is polished for this budget."""
+    fitting = offer_known(search, units)
+    return fitting[-1:]
