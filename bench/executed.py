@@ -1,7 +1,8 @@
 """The executed lane: every method on one meter, paired steps in one process. `python -m bench.executed gpt --pairs 7`.
 
 For each peer's setting: the measured peak (`graphplan.measure`), its step over plain PyTorch's, the seconds until it is
-ready, its gradients' largest error relative to plain PyTorch's largest gradient under the same seed; then ours at the
+ready, its gradients' error against plain PyTorch's under the same seed (the largest difference over the largest
+gradient; `rounding` is what a change of every weight in its last bit does to it); then ours at the
 budget of that measured peak: measured and predicted peak, step over plain's and over the peer's in the same rounds,
 predicted overhead. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
 """
@@ -77,14 +78,25 @@ class Lane:
             b.data.copy_(old)
         return found
 
+    def rounding(self, plain: list[Any]) -> float:
+        """Return the plain model's own error after every weight was changed in its last bit."""
+        import torch
+
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.mul_(1 + 2**-23)
+        found = self.error(self.model, plain)
+        with torch.no_grad():
+            for p, old in zip(self.model.parameters(), weights, strict=True):
+                p.copy_(old)
+        return found
+
     def error(self, module: Any, plain: list[Any]) -> float:
-        """Return the largest gradient difference over plain's largest gradient, the worst parameter's."""
-        worst = 0.0
-        for ours, theirs in zip(self.gradients(module), plain, strict=True):
-            if theirs is not None:
-                scale = float(theirs.abs().max()) or 1.0
-                worst = max(worst, float((ours - theirs).abs().max()) / scale if ours is not None else 1.0)
-        return worst
+        """Return the largest gradient difference over plain's largest gradient, each over all parameters."""
+        pairs = [(a, b) for a, b in zip(self.gradients(module), plain, strict=True) if b is not None]
+        scale = max(float(b.abs().max()) for _, b in pairs) or 1.0
+        return max(float((a - b).abs().max()) if a is not None else scale for a, b in pairs) / scale
 
 
 def run_model(name: str, args: argparse.Namespace) -> None:
@@ -94,6 +106,7 @@ def run_model(name: str, args: argparse.Namespace) -> None:
     lane, end = Lane(name, args.pairs, args.small), time.monotonic() + 60 * args.minutes
     plain_peak, plain = lane.peak(lane.model), lane.gradients(lane.model)
     head = {"model": name, "small": args.small, "plain_peak": plain_peak, "ours_planning_s": lane.planning_s}
+    head["rounding"] = lane.rounding(plain)
     head["minimum"] = lane.planned.plan.minimum_peak_bytes
     for setting in settings(lane.model, set(args.methods), tuple(args.ratios or BUDGETS)):
         row = {**head, "method": setting.method, "setting": setting.name}
@@ -149,7 +162,7 @@ def _write(row: dict[str, Any]) -> None:
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as out:
         out.write(json.dumps(row) + "\n")
-    shown = {k: v for k, v in row.items() if k not in ("small", "plain_peak", "ours_planning_s", "minimum")}
+    shown = {k: v for k, v in row.items() if k not in ("small", "plain_peak", "ours_planning_s", "minimum", "rounding")}
     print(json.dumps(shown), flush=True)
 
 

@@ -1,0 +1,195 @@
+"""Render what the lanes measured into docs/bench.md and docs/plots/*.svg. `python -m bench.report`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+OUT, DOCS = ROOT / "bench" / "out", ROOT / "docs"
+WRONG = 100  # times what the last bit of the weights does to a gradient: then it is not rounding
+EAGER = ("checkpoint", "pytorch_budget")  # methods on the same kernels as ours
+Row = dict[str, Any]
+
+
+def read(name: str) -> list[Row]:
+    """Return the rows of one lane, the last of each setting."""
+    path = OUT / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    keys = ("model", "method", "setting", "problem", "solver", "fraction", "small")
+    return list({tuple(r.get(k) for k in keys): r for r in rows}.values())
+
+
+def wrong(row: Row) -> bool:
+    """Return whether a peer's gradients differ from plain PyTorch's by more than rounding."""
+    return bool(row["error"] > WRONG * max(row["rounding"], 1e-7))
+
+
+def executed(rows: list[Row]) -> str:
+    """Return a table for each model."""
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == model]
+        plain, least = mine[0]["plain_peak"], mine[0]["minimum"]
+        parts.append(
+            f"### {model}: plain {_mb(plain)} MB, ours at least {_mb(least)} MB, rounding {mine[0]['rounding']:.0e}\n"
+        )
+        parts.append(
+            "| method | peak, MB | step | ready, s | gradient error | ours: peak, MB | ours: step | ours / peer |"
+        )
+        parts.append("|---|---|---|---|---|---|---|---|")
+        parts.extend(_line(r) for r in mine)
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _line(r: Row) -> str:
+    name = f"{r['method']} {r['setting']}"
+    if "failed" in r:
+        return f"| {name} | {r['failed']} | | | | | | |"
+    error = f"{r['error']:.1e}" + (" **wrong**" if wrong(r) else "")
+    head = f"| {name} | {_mb(r['peak'])} | {_ratio(r['time'])} | {r['ready_s']:.1f} | {error} "
+    if "ours_time" not in r:
+        return head + f"| {r['ours_failed']} | | |"
+    return head + f"| {_mb(r['ours_peak'])} | {_ratio(r['ours_time'])} | {_ratio(r['ours_over_peer'])} |"
+
+
+def summary(rows: list[Row]) -> str:
+    """Return who is faster at the peers' own peaks, and where we lose."""
+    done = [r for r in rows if "ours_over_peer" in r]
+    lines = [
+        "| peer | points | ours faster or equal | geometric mean of ours / peer | wrong gradients | ours infeasible |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for method in dict.fromkeys(r["method"] for r in rows):
+        here = [r for r in done if r["method"] == method]
+        ratios = [r["ours_over_peer"][1] for r in here]
+        bad = sum(wrong(r) for r in rows if r["method"] == method and "failed" not in r)
+        out = sum("ours_failed" in r for r in rows if r["method"] == method)
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else float("nan")
+        wins = sum(x <= 1 for x in ratios)
+        lines.append(f"| {method} | {len(here)} | {wins} | {mean:.2f} | {bad} | {out} |")
+    lost = [
+        f"{r['model']} against {r['method']} {r['setting']}: {_ratio(r['ours_over_peer'])}"
+        for r in done
+        if r["ours_over_peer"][1] > 1
+    ]
+    lost += [
+        f"{r['model']} against {r['method']} {r['setting']}: ours {r['ours_failed']}"
+        for r in rows
+        if "ours_failed" in r
+    ]
+    overheads = defaultdict(list)
+    for r in done:
+        if r["method"] in EAGER:
+            overheads[r["method"]].append((r["ours_time"][1] - 1, r["time"][1] - 1))
+    for method, pairs in overheads.items():
+        ours, theirs = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))
+        lines.append(f"\nMean overhead at {method}'s own peaks: ours {ours:+.1%}, theirs {theirs:+.1%}.")
+    lines.append("\nWhere we lose (median of ours / peer above 1, or our least peak above theirs):\n")
+    lines += [f"* {text}" for text in lost] or ["* nowhere in these points"]
+    return "\n".join(lines)
+
+
+def prediction(rows: list[Row]) -> str:
+    """Return predicted against measured, for every executed point of ours."""
+    done = [r for r in rows if "ours_time" in r]
+    if not done:
+        return "no points"
+    peaks = [r["predicted_peak"] / r["ours_peak"] for r in done]
+    times = sorted(r["predicted"] / r["ours_time"][1] for r in done)
+    over = sum(r["ours_peak"] > r["peak"] for r in done)
+    return (
+        f"{len(done)} points: predicted / measured peak {min(peaks):.6f} to {max(peaks):.6f}; measured peaks over the "
+        f"budget: {over}. Predicted / measured step (both over plain PyTorch's): median {times[len(times) // 2]:.2f}, "
+        f"{times[0]:.2f} to {times[-1]:.2f}."
+    )
+
+
+def solver_lane(rows: list[Row]) -> str:
+    """Return a line for each problem, solver and budget."""
+    lines = [
+        "| problem (ops) | f | solver | overhead | gap | within 1 %, s | gap 0.1 %, s | total, s | peak / budget |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        head = f"| {r['problem']} ({r['ops']}) | {r['fraction']:g} | {r['solver']} "
+        if r["overhead"] is None:
+            lines.append(head + f"| {r['status']} | | | | {r['seconds']:.1f} | |")
+            continue
+        close, tight = ("-" if r[k] is None else f"{r[k]:.2f}" for k in ("close_s", "tight_s"))
+        figures = f"| {r['overhead']:+.2%} | {r['gap']:.3%} | {close} | {tight} | {r['seconds']:.1f} "
+        lines.append(f"{head}{figures}| {r['peak_share']:.4f} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row]) -> list[str]:
+    """Draw time against peak for each model; return the file names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = DOCS / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        done = [r for r in rows if r["model"] == model and "failed" not in r]
+        if not done:
+            continue
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for method in dict.fromkeys(r["method"] for r in done):
+            mine = [r for r in done if r["method"] == method]
+            right = [r for r in mine if not wrong(r)]
+            bad = [r for r in mine if wrong(r)]
+            points = axes.scatter([r["peak"] / 1e6 for r in right], [r["time"][1] for r in right], label=method)
+            if bad:
+                colour = points.get_facecolor()[0] if right else None
+                x, y = [r["peak"] / 1e6 for r in bad], [r["time"][1] for r in bad]
+                axes.scatter(x, y, marker="x", color=colour, label=f"{method}, wrong gradients")
+        ours = sorted((r["ours_peak"] / 1e6, r["ours_time"][1], r["bound"]) for r in done if "ours_time" in r)
+        axes.plot([p for p, _, _ in ours], [t for _, t, _ in ours], "k.-", linewidth=1, label="graphplan")
+        axes.plot([p for p, _, _ in ours], [b for _, _, b in ours], "k:", linewidth=1, label="proven bound (predicted)")
+        axes.axvline(done[0]["plain_peak"] / 1e6, color="grey", linewidth=0.8)
+        axes.set(
+            xlabel="measured peak, MB",
+            ylabel="step / plain PyTorch's step",
+            title=f"{model}: time against measured peak",
+        )
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(folder / f"{model}.svg")
+        plt.close(figure)
+        names.append(f"{model}.svg")
+    return names
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}"
+
+
+def _ratio(r: list[float]) -> str:
+    return f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})"
+
+
+def main() -> None:
+    rows = [r for r in read("executed.jsonl") if not r["small"]]
+    lanes = read("solvers.jsonl")
+    text = (ROOT / "bench" / "report.md").read_text()
+    parts = {
+        "executed": executed(rows),
+        "summary": summary(rows),
+        "prediction": prediction(rows),
+        "solvers": solver_lane(lanes) if lanes else "not run yet",
+        "plots": "\n".join(f"![{n}](plots/{n})" for n in draw(rows)),
+    }
+    DOCS.mkdir(exist_ok=True)
+    (DOCS / "bench.md").write_text(text.format(**parts))
+
+
+if __name__ == "__main__":
+    main()
