@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 LEAST, MOST = 9, 201  # rounds
@@ -19,6 +20,7 @@ def main() -> None:
     import torch
 
     import graphplan
+    from bench.page import write_between
     from bench.pairs import Ratio, rounds
     from models_zoo import MODELS
 
@@ -26,7 +28,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each model")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--write", type=Path, help="Markdown file whose block is replaced")
     args = parser.parse_args()
+    lines = []
     for name in args.names or MODELS:
         torch.manual_seed(0)
         entry = MODELS[name]
@@ -46,7 +50,10 @@ def main() -> None:
         ratio = Ratio.of([2 * a / (b + c) for a, b, c in times])
         noise = Ratio.of([c / b for _, b, c in times])
         middle = f"middle {2 * ours / (plain + again):.3f}"
-        print(f"{name}: planned / plain {ratio}, {middle}; plain / plain {noise}; {len(times)} rounds", flush=True)
+        lines.append(f"{name}: planned / plain {ratio}, {middle}; plain / plain {noise}; {len(times)} rounds")
+        print(lines[-1], flush=True)
+    if args.write:
+        write_between(args.write, "full budget", "```text\n" + "\n".join(lines) + "\n```")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def draw(rows: list[Row]) -> list[str]:
                 colour = points.get_facecolor()[0] if right else None
                 x, y = [r["peak"] / 1e6 for r in bad], [r["time"][1] for r in bad]
                 axes.scatter(x, y, marker="x", color=colour, label=f"{method}, wrong gradients")
-        ours = sorted((r["ours_peak"] / 1e6, r["ours_time"][1], r["bound"]) for r in done if "ours_time" in r)
+        ours = _by_peak([r for r in done if "ours_time" in r])
         axes.plot([p for p, _, _ in ours], [t for _, t, _ in ours], "k.-", linewidth=1, label="graphplan")
         axes.plot([p for p, _, _ in ours], [b for _, _, b in ours], "k:", linewidth=1, label="proven bound (predicted)")
         axes.axvline(done[0]["plain_peak"] / 1e6, color="grey", linewidth=0.8)
@@ -166,6 +167,15 @@ def draw(rows: list[Row]) -> list[str]:
         plt.close(figure)
         names.append(f"{model}.svg")
     return names
+
+
+def _by_peak(rows: list[Row]) -> list[tuple[float, float, float]]:
+    """Return (peak in MB, median step, bound) of ours, one for each peak."""
+    found: dict[float, list[Row]] = defaultdict(list)
+    for r in rows:
+        found[r["ours_peak"] / 1e6].append(r)
+    steps = {peak: statistics.median(r["ours_time"][1] for r in group) for peak, group in found.items()}
+    return [(peak, steps[peak], max(r["bound"] for r in group)) for peak, group in sorted(found.items())]
 
 
 def _mb(nbytes: int) -> str:
