@@ -4,22 +4,34 @@ Jain et al. 2020 (Checkmate: Breaking the Memory Wall with Optimal Tensor Remate
 of the program runs for the first time; `run[t][i]` computes op i < t again before it, `saved[t][v]` carries value v
 into stage t, `freed[t][k][v]` gives v back after op k of the stage, and the memory during each op is the running sum of
 what came and went (the paper's U). Any number of recomputes, in the forward too; the program's order within a
-stage. Cannot model: codecs, take-overs, and it has O(n^2) binaries, so beyond `LARGEST` ops it does not try.
+stage. First the linear relaxation is rounded as in the paper (`saved` by a threshold, `run` follows from it; at 0.9 of
+the budget, too), then CP-SAT has the time that is left. What only the program writes and reads has no choice:
+constants. Cannot model: codecs, take-overs, and it has O(n^2) binaries, so beyond `LARGEST` ops it does not try.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
+from ortools.linear_solver import pywraplp
 from ortools.sat.python import cp_model
 
 from solvers.bounds import cost_floor
+from solvers.epochs import EpochModel
 from solvers.problem import Limits, OpId, Problem, Schedule, Solution, Status, ValueId
+from solvers.relax import LinearProgram
 from solvers.restorers import restorers
 from solvers.search import Search
 from solvers.units import build_units
 
-LARGEST = 120  # ops; the model has about n^2 / 2 stage variables and n^3 / 8 memory terms
+LARGEST = 160  # ops; the model has about n^2 / 2 stage variables and n^3 / 8 memory terms
+PARTS = (1.0, 0.9)  # of the budget, for the linear program: rounding needs room
+THRESHOLDS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)  # a value is saved from this part on
+POLL_S = 0.2  # between two looks at `limits.cancelled`
 STAGED = "any plan of stages in the program's order, without codecs and take-overs"
 
 Literal = cp_model.IntVar
@@ -32,18 +44,73 @@ def solve_checkmate(problem: Problem, limits: Limits) -> Solution:
     search.offer(problem.program)
     if search.schedule is not None or len(problem.program) > LARGEST:
         return search.answer(floor, STAGED)
+    for part in PARTS:
+        if search.schedule is None and search.left() > 0:
+            _round(problem, search, part)
     model = _Stages(problem)
-    model.build()
+    if not model.build(search):
+        return search.answer(floor, STAGED)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = max(0.05, search.left())
     solver.parameters.num_workers = limits.threads
     solver.parameters.random_seed = limits.seed
-    status = solver.solve(model.model)
-    if status == cp_model.INFEASIBLE:
+    with watched(limits, solver.stop_search):
+        status = solver.solve(model.model)
+    if status == cp_model.INFEASIBLE and search.schedule is None:
         return Solution(Status.INFEASIBLE, None, floor, STAGED, "checkmate", search.seconds())
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         search.offer(model.schedule(solver))
     return search.answer(floor, STAGED)
+
+
+@contextmanager
+def watched(limits: Limits, stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop` within `POLL_S` of the caller cancelling: OR-Tools calls back only when it finds something."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(POLL_S):
+            if limits.cancelled is not None and limits.cancelled():
+                stop()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _round(problem: Problem, search: Search, part: float) -> None:
+    """Offer what the thresholds make of the linear relaxation at a part of the budget."""
+    room = problem.budget_bytes - problem.fixed_bytes
+    model = _Stages(problem.with_budget(problem.fixed_bytes + int(part * room)))
+    values = _relaxed(model, search) if model.build(search) else None
+    if values is None:
+        return
+    for threshold in THRESHOLDS:
+        saved = [{v for v, x in row.items() if values[x.index] >= threshold} for row in model.saved]
+        search.offer(model.completed(saved))
+
+
+def _relaxed(model: _Stages, search: Search) -> list[float] | None:
+    """Return the value of every variable at an optimum of the linear relaxation; None if there is none in time."""
+    # It reads nothing but `.model`, a CP-SAT model, which both classes have.
+    program = LinearProgram(cast(EpochModel, model))
+    solver = pywraplp.Solver.CreateSolver("GLOP")
+    # Dual simplex without presolve: see `LinearProgram.solve`.
+    solver.SetSolverSpecificParametersAsString("use_dual_simplex: true use_preprocessing: false")
+    columns = [solver.NumVar(d[0], d[-1], "") for d in program.domains]
+    rows = [solver.Constraint(low, high) for low, high in zip(program.low, program.high, strict=True)]
+    for row, column, value in zip(program.rows, program.columns, program.values, strict=True):
+        rows[row].SetCoefficient(columns[column], value)
+    for column, cost in program.cost.items():
+        solver.Objective().SetCoefficient(columns[column], cost)
+    solver.SetTimeLimit(max(1, int(1000 * search.left())))
+    with watched(search.limits, solver.InterruptSolve):
+        status = solver.Solve()
+    return [x.solution_value() for x in columns] if status == pywraplp.Solver.OPTIMAL else None
 
 
 @dataclass(slots=True)
@@ -57,12 +124,15 @@ class _Stages:
     freed: list[list[dict[ValueId, Literal]]] = field(default_factory=list)
     op: dict[int, OpId] = field(default_factory=dict)  # position -> what runs when it is computed again
     writer: dict[ValueId, int] = field(default_factory=dict)
+    settled: dict[ValueId, int] = field(default_factory=dict)  # values without a choice: the last position that reads
 
-    def build(self) -> None:
-        """Declare every variable, then the constraints in the order of the docstring."""
+    def build(self, search: Search) -> bool:
+        """Declare every variable, then the constraints in the order of the docstring; False: time is up."""
         self._again()
         self._variables()
         for t in range(len(self.problem.program)):
+            if search.left() <= 0:
+                return False
             self._stage(t)
         end = len(self.problem.program)
         for v in self.problem.keep:
@@ -71,18 +141,31 @@ class _Stages:
             (x, self.problem.ops[self.op[i]].cost_ns) for row in self.run for i, x in enumerate(row) if i in self.op
         ]
         self.model.minimize(cp_model.LinearExpr.weighted_sum([x for x, _ in cost], [c for _, c in cost]))
+        return True
 
     def _again(self) -> None:
         for t, o in enumerate(self.problem.program):
             self.writer.update(dict.fromkeys(self.problem.ops[o].writes, t))
         for v, o in restorers(self.problem).items():
             self.op[self.writer[v]] = o
+        free = {v for o in self.op.values() for v in (*self.problem.ops[o].reads, *self.problem.ops[o].writes)}
+        for t, o in enumerate(self.problem.program):
+            op = self.problem.ops[o]
+            self.settled.update({v: t for v in (*op.reads, *op.writes) if v not in free})
+        self.settled.update({v: len(self.problem.program) for v in self.problem.keep - free})
 
     def _variables(self) -> None:
         n, new = len(self.problem.program), self.model.new_bool_var
-        zero = self.model.new_constant(0)
+        zero, one = self.model.new_constant(0), self.model.new_constant(1)
         self.run = [[new("") if i in self.op else zero for i in range(t)] for t in range(n)]
-        self.saved = [{v: new("") for v, w in self.writer.items() if w < t} for t in range(n + 1)]
+        self.saved = [
+            {
+                v: one if v in self.settled else new("")
+                for v, w in self.writer.items()
+                if w < t <= self.settled.get(v, n)
+            }
+            for t in range(n + 1)
+        ]
         self.freed = [[{v: new("") for v in self._touched(t, k)} for k in range(t + 1)] for t in range(n)]
 
     def _runs(self, t: int, k: int) -> Literal:
@@ -137,4 +220,20 @@ class _Stages:
         for t, row in enumerate(self.run):
             steps.extend(self.op[i] for i, x in enumerate(row) if i in self.op and solver.value(x))
             steps.append(self.problem.program[t])
+        return tuple(steps)
+
+    def completed(self, saved: list[set[ValueId]]) -> Schedule:
+        """Return the schedule that saves what `saved[t]` says into stage t, and runs again what that asks for."""
+        steps: list[OpId] = []
+        pinned = {v for v, w in self.writer.items() if w not in self.op}
+        for t, o in enumerate(self.problem.program):
+            op, have = self.problem.ops[o], saved[t] | pinned
+            needed = (set(op.reads) | (saved[t + 1] - set(op.writes))) - have
+            again: list[OpId] = []
+            for k in reversed(range(t)):
+                if k in self.op and needed & set(self.problem.ops[self.op[k]].writes):
+                    again.append(self.op[k])
+                    needed -= set(self.problem.ops[self.op[k]].writes)
+                    needed |= set(self.problem.ops[self.op[k]].reads) - have
+            steps += [*reversed(again), o]
         return tuple(steps)

@@ -25,6 +25,10 @@ class _DoesNotFit(Exception):
 def solve_dtr(problem: Problem, limits: Limits) -> Solution:
     """Return the trace of a run under the budget, if the run ends; proves nothing."""
     search = Search(problem, limits, "dtr")
+    # What fits as it stands is never evicted; the run itself does not see what the ops take over.
+    search.offer(problem.program)
+    if search.schedule is not None:
+        return search.answer(cost_floor(problem, build_units(problem)), ANY_PLAN)
     run = _Run(problem, search)
     try:
         for t, o in enumerate(problem.program):

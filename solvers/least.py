@@ -171,7 +171,7 @@ def _relief(search: Search, units: Units, fates: Fates) -> Int64:
 
 def _round(search: Search, units: Units, best: Least) -> Least:
     """Bisect between bound and plan, starting from roundings of the linear relaxation at each budget."""
-    low, rows, turn = best.bound_bytes, start_rows(units, _vector(best)), units.problem.turn
+    low, rows, turn = best.bound_bytes, start_rows(units, _vector(best), spread=12), units.problem.turn
     for _ in range(PROBES):
         if _near(best, low) or search.left() <= 0:
             break
@@ -201,7 +201,7 @@ def _vector(best: Least) -> Fates:
 def _refine(search: Search, units: Units, best: Least) -> Least:
     """Minimise the peak over the epoch rows until the simulated peak meets the bound or the work is spent."""
     fates, work = _vector(best), EXACT_WORK
-    rounds = Rounds(units, None, start_rows(units, fates), linear=1)
+    rounds = Rounds(units, None, start_rows(units, fates, spread=12), linear=1)
     for _ in range(ROUNDS):
         if best.peak_bytes <= best.bound_bytes or work <= 0 or search.left() <= 0:
             break

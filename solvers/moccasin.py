@@ -16,6 +16,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from solvers.bounds import ANY_PLAN, cost_floor
+from solvers.checkmate import watched
 from solvers.evaluate import Fates, keep_everything, to_schedule
 from solvers.problem import Limits, Problem, Solution, ValueId
 from solvers.search import Search
@@ -62,13 +63,17 @@ class _Model:
         self._intervals()
         self._precedence()
         self._memory()
-        for a, x in enumerate(self.second if hint is not None else ()):
-            self.model.add_hint(x, int(hint[a] == 1))  # type: ignore[index]
+        # Constants share one variable, and a variable may have one hint.
+        for a, unit in enumerate(self.units.units if hint is not None else ()):
+            if len(unit.fates) > 1 and unit.fates[1].name == "drop":
+                self.model.add_hint(self.second[a], int(hint[a] == 1))  # type: ignore[index]
         solver = cp_model.CpSolver()
         solver.parameters.max_time_in_seconds = max(0.05, seconds)
         solver.parameters.num_workers = limits.threads
         solver.parameters.random_seed = limits.seed
-        if solver.solve(self.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        with watched(limits, solver.stop_search):
+            status = solver.solve(self.model)
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
         return np.array([solver.value(x) for x in self.second], np.int16)
 

@@ -9,7 +9,7 @@ Cannot model: chains (what a recompute needs may itself be dropped), transients,
 from __future__ import annotations
 
 import numpy as np
-from ortools.algorithms.python import knapsack_solver
+from numpy.typing import NDArray
 
 from solvers.bounds import ANY_PLAN, cost_floor
 from solvers.evaluate import keep_everything, to_schedule
@@ -18,8 +18,7 @@ from solvers.search import Search
 from solvers.units import build_units
 
 RATIOS = tuple(i / 20 for i in range(21))
-QUANTUM = 10_000  # parts of all saved bytes, as the original quantises
-KNAPSACK_S = 2.0  # for one knapsack
+QUANTUM = 10_000  # parts of all saved bytes, as the original quantises (its `dp_knapsack`)
 
 
 def solve_pytorch_knapsack(problem: Problem, limits: Limits) -> Solution:
@@ -35,22 +34,38 @@ def solve_pytorch_knapsack(problem: Problem, limits: Limits) -> Solution:
     ]
     total = sum(units.units[a].size_bytes for a in items)
     sizes = [-(-units.units[a].size_bytes * QUANTUM // max(1, total)) for a in items]
-    values = [units.units[a].fates[1].restore_ns for a in items]
+    taken = _knapsack([units.units[a].fates[1].restore_ns for a in items], sizes, search)
     for ratio in RATIOS:
-        if search.left() <= 0 or not items:
+        if search.left() <= 0 or taken is None or not items:
             break
-        saved = _knapsack(values, sizes, round(ratio * QUANTUM))
+        saved = _saved(taken, sizes, round(ratio * QUANTUM))
         fates = keep.copy()
         fates[np.array([a for i, a in enumerate(items) if i not in saved], np.int64)] = 1
         search.offer(to_schedule(units, fates), fates)
     return search.answer(cost_floor(problem, units), ANY_PLAN)
 
 
-def _knapsack(values: list[int], sizes: list[int], capacity: int) -> set[int]:
+def _knapsack(values: list[int], sizes: list[int], search: Search) -> NDArray[np.bool_] | None:
+    """Return for each item and capacity whether the best choice among the items up to it takes it.
+
+    One table answers every capacity. None: the time is up.
+    """
+    best = np.zeros(QUANTUM + 1, np.int64)
+    taken = np.zeros((len(values), QUANTUM + 1), np.bool_)
+    for i, (value, size) in enumerate(zip(values, sizes, strict=True)):
+        if search.left() <= 0:
+            return None
+        with_it = best[: QUANTUM + 1 - size] + value
+        taken[i, size:] = with_it > best[size:]
+        best[size:] = np.maximum(best[size:], with_it)
+    return taken
+
+
+def _saved(taken: NDArray[np.bool_], sizes: list[int], capacity: int) -> set[int]:
     """Return the indices of the most valuable items within the capacity."""
-    kind = knapsack_solver.SolverType.KNAPSACK_MULTIDIMENSION_BRANCH_AND_BOUND_SOLVER
-    solver = knapsack_solver.KnapsackSolver(kind, "saved")
-    solver.set_time_limit(KNAPSACK_S)
-    solver.init(values, [sizes], [capacity])
-    solver.solve()
-    return {i for i in range(len(values)) if solver.best_solution_contains(i)}
+    saved = set()
+    for i in reversed(range(len(sizes))):
+        if taken[i, capacity]:
+            saved.add(i)
+            capacity -= sizes[i]
+    return saved
