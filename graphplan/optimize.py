@@ -131,7 +131,7 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
     if solution.schedule is None:
-        raise infeasible(prepared, least.least_peak_bytes)
+        raise infeasible(prepared, min(least.least_peak_bytes, solution.least_peak_bytes or least.least_peak_bytes))
     return lift(prepared, solution, least.least_peak_bytes)
 
 
