@@ -1,0 +1,1 @@
+"""More recomputes than one a value, near the least peak. (Being written: see the brief of the solver work.)"""
