@@ -94,7 +94,7 @@ def _in_window(node: fx.Node, id_: int, name: str, storage: int) -> tuple[Encode
         return None
     geometry = (tuple(node.meta["val"].shape), tuple(node.meta["val"].stride()))
     new = packed(id_, name, functions.pool_code_bytes(*geometry, pooling), storage, NARROW.name)
-    return new, (functions.pack_pool_indices, (pooling,)), (functions.unpack_pool_indices, (*geometry, pooling))
+    return new, (functions.pack_pool_indices, pooling), (functions.unpack_pool_indices, (*geometry, *pooling))
 
 
 def _in_integers(node: fx.Node, id_: int, name: str, storage: int) -> tuple[Encoded, Call, Call] | None:
