@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions.register import registered
 
 CHUNK = 1 << 18  # elements worked on at a time: a multiple of 8
-THREADS = 4  # at most: beyond them memory is the bottleneck
-SHARE = 4  # chunks that are worth a thread
 
 
 def packed_bytes(numel: int) -> int:
@@ -30,22 +29,21 @@ def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> T
     """Return the bool tensor whose elements in storage order are the bits of `packed`, lowest first."""
     mask = _empty_mask(packed, size, stride)
     flat = in_storage_order(mask)
-    if packed.device.type != "cpu":
-        for piece, (start, stop) in pieces(mask.numel()):
-            flat[start:stop] = spread_bits(packed[piece], stop - start)
-        return mask
-    source, target = packed.numpy(), flat.numpy()
-
-    def unpack(piece: slice, start: int, stop: int) -> None:
-        bits = np.unpackbits(source[piece], count=stop - start, bitorder="little")
-        target[start:stop] = bits.view(np.bool_)
-
-    on_threads(mask.numel(), unpack)
+    for piece, chunk in pieces(mask.numel()):
+        numel = chunk.stop - chunk.start
+        if packed.device.type == "cpu":
+            bits = np.unpackbits(packed[piece].numpy(), count=numel, bitorder="little")
+            flat[chunk].numpy()[...] = bits.view(np.bool_)
+        else:
+            flat[chunk] = spread_bits(packed[piece], numel)
     return mask
 
 
-def write_bits(packed: Tensor, bits: Tensor) -> None:
-    """Pack a chunk of bool (n,) into `packed`, uint8 (ceil(n / 8),), on any device."""
+def write_bits(packed: Tensor, bits: Tensor | NDArray[Any]) -> None:
+    """Pack a chunk of bool (n,), a numpy array on CPU, into `packed`, uint8 (ceil(n / 8),)."""
+    if not isinstance(bits, Tensor):
+        packed.numpy()[...] = np.packbits(bits, bitorder="little")
+        return
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     packed.copy_((padded << shifts).sum(dim=1))
@@ -72,25 +70,8 @@ def in_storage_order(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.numel(),), (1,))
 
 
-def pieces(numel: int, chunk: int | None = None) -> Iterator[tuple[slice, tuple[int, int]]]:
-    """Yield (the bytes of a chunk's bits, (its first element, the one after its last))."""
-    chunk = chunk or CHUNK
-    for start in range(0, numel, chunk):
-        stop = min(start + chunk, numel)
-        yield slice(start // 8, packed_bytes(stop)), (start, stop)
-
-
-def on_threads(numel: int, work: Callable[[slice, int, int], None]) -> None:
-    """Call work(bytes, start, stop) for all pieces, on up to THREADS threads, which share one chunk.
-
-    For numpy: it lets go of the interpreter while it works.
-    """
-    threads = min(torch.get_num_threads(), THREADS, numel // (SHARE * CHUNK))
-    if threads <= 1:
-        for piece, (start, stop) in pieces(numel):
-            work(piece, start, stop)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pieces(numel, CHUNK // threads // 8 * 8)
-        for done in [pool.submit(work, piece, start, stop) for piece, (start, stop) in parts]:
-            done.result()
+def pieces(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (the bytes of a chunk's bits, its elements)."""
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        yield slice(start // 8, packed_bytes(stop)), slice(start, stop)

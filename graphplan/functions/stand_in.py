@@ -20,10 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graphplan.functions.bits import in_storage_order, on_threads, packed_bytes, pieces, spread_bits, write_bits
+from graphplan.functions.bits import in_storage_order, packed_bytes, pieces, spread_bits, write_bits
 from graphplan.functions.register import registered
 
-HALVES = (torch.float16, torch.bfloat16)
 Values = tuple[float, float]
 Like = tuple[torch.dtype, Sequence[int], Sequence[int]]  # dtype, size and stride of what is stood in for
 
@@ -91,38 +90,25 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
         return packed
     each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
     flat = in_storage_order(x)
-    if x.device.type != "cpu":
-        for piece, (start, stop) in pieces(x.numel()):
-            chunk = flat[start:stop].float() if x.dtype in HALVES else flat[start:stop]
+    for piece, chunk in pieces(x.numel()):
+        values = _comparable(flat[chunk])
+        with np.errstate(invalid="ignore"):  # a signalling NaN
             for i, (test, own) in enumerate(tests):
-                write_bits(packed[i * each + piece.start : i * each + piece.stop], test(chunk, *own))
-        return packed
-    source, target = _as_numpy(flat), packed.numpy()
-
-    def pack(piece: slice, start: int, stop: int) -> None:
-        with np.errstate(invalid="ignore"):  # a signalling NaN; the state is a thread's own
-            chunk = _widened(source[start:stop], x.dtype)
-            for i, (test, own) in enumerate(tests):
-                bits = np.packbits(test(chunk, *own), bitorder="little")
-                target[i * each + piece.start : i * each + piece.stop] = bits
-
-    on_threads(x.numel(), pack)
+                write_bits(packed[i * each + piece.start : i * each + piece.stop], test(values, *own))
+        del values  # before the next chunk's
     return packed
 
 
-def _as_numpy(flat: Tensor) -> NDArray[Any]:
-    """Return the same memory as a numpy array: of int16 for bfloat16, which numpy does not have."""
-    array: NDArray[Any] = (flat.view(torch.int16) if flat.dtype is torch.bfloat16 else flat).numpy()
-    return array
-
-
-def _widened(chunk: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
-    """Return a chunk in the arithmetic that kernels compare in: float32 for halves."""
-    if dtype is torch.bfloat16:
-        wide = chunk.astype(np.int32)
+def _comparable(chunk: Tensor) -> Tensor | NDArray[Any]:
+    """Return a chunk in the arithmetic that kernels compare in, float32 for halves; a numpy array on CPU."""
+    if chunk.device.type != "cpu":
+        return chunk.float() if chunk.dtype in (torch.float16, torch.bfloat16) else chunk
+    if chunk.dtype is torch.bfloat16:  # numpy has none: it is the upper half of a float32
+        wide = chunk.view(torch.int16).numpy().astype(np.int32)
         wide <<= 16
         return wide.view(np.float32)
-    return chunk.astype(np.float32) if dtype is torch.float16 else chunk
+    values: NDArray[Any] = chunk.numpy()
+    return values.astype(np.float32) if chunk.dtype is torch.float16 else values
 
 
 def run_on_side(
@@ -149,8 +135,8 @@ def run_on_side(
     if any(_order(*g) != _order(size, stride) for g in (*geometries, result[1:])):
         x = torch.empty_strided(tuple(size), tuple(stride), dtype=x_dtype, device=packed.device)
         flat = in_storage_order(x)
-        for piece, (start, stop) in pieces(x.numel()):
-            flat[start:stop] = stand_in.chunk(piece, stop - start)
+        for piece, chunk in pieces(x.numel()):
+            flat[chunk] = stand_in.chunk(piece, chunk.stop - chunk.start)
         whole: Tensor = _call(op, (*args[:at], x, *args[at + 1 :]), out)
         return whole
     if out is None:
@@ -158,10 +144,10 @@ def run_on_side(
         out = torch.empty_strided(*map(tuple, geometry), dtype=dtype, device=packed.device)
     flats = [in_storage_order(a) if isinstance(a, Tensor) and a.dim() else a for a in args]
     flat = in_storage_order(out)
-    for piece, (start, stop) in pieces(out.numel()):
-        chunk = [f[start:stop] if isinstance(f, Tensor) and f.dim() else f for f in flats]
-        chunk[at] = stand_in.chunk(piece, stop - start)
-        _call(op, tuple(chunk), flat[start:stop])
+    for piece, chunk in pieces(out.numel()):
+        given = [f[chunk] if isinstance(f, Tensor) and f.dim() else f for f in flats]
+        given[at] = stand_in.chunk(piece, chunk.stop - chunk.start)
+        _call(op, tuple(given), flat[chunk])
     return out
 
 
