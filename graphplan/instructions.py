@@ -26,6 +26,10 @@ Argument = Any
 class Emitter(Protocol):
     """Where an instruction writes its fx nodes: the rewritten graph, or a small one that is timed."""
 
+    @property
+    def takes_over(self) -> bool:
+        """Whether the instruction is to write over its `takes_over`."""
+
     def load(self, node: fx.Node) -> fx.Node:
         """Return the present copy of the captured `node`'s value."""
 

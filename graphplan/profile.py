@@ -80,6 +80,8 @@ class _Probe:
 class _Isolated:
     """An Emitter that makes every value that is loaded an input, and every value that is stored an output."""
 
+    takes_over = False
+
     def __init__(self, instructions: Instructions) -> None:
         self.graph = fx.Graph()
         self.encoded = {e.id: e for e in instructions.encoded}

@@ -89,6 +89,10 @@ class _Writer:
         self.step = item.name
         self.over = None if taken is None or item.op is None else (self.source.ops[item.op], taken)
 
+    @property
+    def takes_over(self) -> bool:
+        return self.over is not None
+
     def finished(self) -> bool:
         return bool(self.last().op == "output")
 

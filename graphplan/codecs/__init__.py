@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graphplan.codecs.bitmask import BITMASK
 from graphplan.codecs.narrow import NARROW
-from graphplan.codecs.relu_mask import RELU_MASK
+from graphplan.codecs.stand_in import BITMASK, STAND_IN
 from graphplan.errors import GraphplanError
 from graphplan.instructions import Codec
 
 CODECS: dict[str, Codec] = {
     BITMASK.name: BITMASK,
     NARROW.name: NARROW,
-    RELU_MASK.name: RELU_MASK,
+    STAND_IN.name: STAND_IN,
 }
 
 
