@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from operator import iand
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ SIDES: dict[str, Side] = {
     # NaN is above: the kernel asks x <= threshold.
     "above": Side(lambda x, threshold: ~(x <= threshold), lambda threshold: (-math.inf, math.nan)),
     "positive": Side(lambda x: x > 0, lambda: (-1.0, 1.0)),
-    "inside": Side(lambda x, low, high: (x > low) & (x < high), lambda low, high: (math.inf, _between(low, high))),
-    "hard": Side(lambda x: (x > -3) & (x < 3), lambda: (3.0, 0.0)),
+    "inside": Side(lambda x, low, high: iand(x > low, x < high), lambda low, high: (math.inf, _between(low, high))),
+    "hard": Side(lambda x: iand(x > -3, x < 3), lambda: (3.0, 0.0)),
     "ge": _comparison(lambda x, c: x >= c, math.inf),
     "gt": _comparison(lambda x, c: x > c, math.inf),
     "le": _comparison(lambda x, c: x <= c, -math.inf),
