@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.page import write_between
+
 WARM = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_MAX_": "0",
@@ -89,6 +91,38 @@ def sides() -> Cases:
     return cases
 
 
+def compiled() -> Cases:
+    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 14)."""
+    import torch
+    from torch import Tensor
+
+    x, grad, mask = torch.randn(NUMEL), torch.randn(NUMEL), torch.randn(NUMEL) > 0
+    block = 4096  # bit i of byte j is element i * block + j: whole vectors are read and written
+    shifts = torch.arange(8, dtype=torch.int32).view(1, 8, 1)
+
+    def pack(bits: Tensor) -> Tensor:
+        parts = bits.view(-1, 8, block).to(torch.int32)
+        packed = parts[:, 0]
+        for i in range(1, 8):
+            packed = packed | (parts[:, i] << i)
+        return packed.to(torch.uint8)
+
+    def unpack(packed: Tensor) -> Tensor:
+        return (((packed.to(torch.int32).unsqueeze(1) >> shifts) & 1) != 0).view(-1)
+
+    pack_float = torch.compile(lambda x: pack(~(x <= 0.0)))
+    unpack_bool, backward = torch.compile(unpack), torch.compile(lambda p, g: torch.where(unpack(p), g, 0.0))
+    packed = pack_float(x).view(-1, block)
+    assert torch.equal(unpack_bool(packed), x > 0)
+    pack_bool = torch.compile(pack)
+    return {
+        "Inductor: float32 -> bits (above)": (lambda: pack_float(x), None),
+        "Inductor: bool -> bits": (lambda: pack_bool(mask), None),
+        "Inductor: bits -> bool": (lambda: unpack_bool(packed), None),
+        "Inductor: threshold_backward from bits": (lambda: backward(packed, grad), None),
+    }
+
+
 def indices() -> Cases:
     """Return pool indices to and from places in the window, of a pool with a 64 MB input."""
     import torch
@@ -138,16 +172,21 @@ def measure(cases: Cases, runs: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15)
-    runs = parser.parse_args().runs
+    parser.add_argument("--no-compiler", action="store_true", help="leave out the rows that need a C++ compiler")
+    parser.add_argument("--write", type=Path, help="Markdown file whose figures are replaced")
+    args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in WARM.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", "--runs", str(runs)], {**os.environ, **WARM})
-    rows = [row for cases in (sides, indices) for row in measure(cases(), runs)]
-    print(f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}")
+        os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", *sys.argv[1:]], {**os.environ, **WARM})
+    suites = (sides, indices) if args.no_compiler else (sides, indices, compiled)
+    rows = [row for cases in suites for row in measure(cases(), args.runs)]
+    head = f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}"
+    text = "\n".join([head, *map(str, rows)])
+    print(text)
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as out:
-        for row in rows:
-            print(row)
-            out.write(json.dumps(asdict(row)) + "\n")
+        out.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    if args.write:
+        write_between(args.write, "codec speed", f"```text\n{text}\n```")
 
 
 if __name__ == "__main__":

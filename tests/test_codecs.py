@@ -213,6 +213,8 @@ SHAPED: dict[Any, list[tuple[tuple[int, ...], Callable[[Tensor], tuple[Any, ...]
     aten.adaptive_max_pool3d_backward.default: [
         (VOLUME, lambda x: _adaptive_args(x, aten.adaptive_max_pool3d, [3, 4, 2]))
     ],
+    aten.fractional_max_pool2d_backward.default: [(IMAGE, lambda x: _fractional_args(x, aten.fractional_max_pool2d))],
+    aten.fractional_max_pool3d_backward.default: [(VOLUME, lambda x: _fractional_args(x, aten.fractional_max_pool3d))],
     aten.reflection_pad1d_backward.default: [((2, 3, 7), lambda x: pad_args(x, 1))],
     aten.reflection_pad2d_backward.default: [(IMAGE, lambda x: pad_args(x, 2))],
     aten.reflection_pad3d_backward.default: [(VOLUME, lambda x: pad_args(x, 3))],
@@ -236,6 +238,13 @@ def _max_args(x: Tensor, op: Any, *args: Any) -> tuple[Any, ...]:
 def _adaptive_args(x: Tensor, op: Any, size: list[int]) -> tuple[Any, ...]:
     grad, indices = pooled(x, op, size)
     return grad, x, indices
+
+
+def _fractional_args(x: Tensor, op: Any) -> tuple[Any, ...]:
+    dims = x.dim() - 2
+    kernel, size = [2] * dims, [3] * dims
+    grad, indices = pooled(x, op, kernel, size, torch.rand(2, 3, dims))
+    return grad, x, kernel, size, indices
 
 
 def _weight_args(weight: Tensor) -> tuple[Any, ...]:

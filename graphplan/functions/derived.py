@@ -11,7 +11,7 @@ from torch import Tensor
 from graphplan.functions.register import derived
 from graphplan.functions.stand_in import run_on_shape, run_on_side
 
-_LIKE = "ScalarType dtype, int[] size, int[] stride"
+_LIKE = "ScalarType like_dtype, int[] like_size, int[] like_stride"
 
 
 def from_sides(op: torch._ops.OpOverload, at: int, over: int | None = None) -> torch._ops.OpOverload:

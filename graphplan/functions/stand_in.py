@@ -54,6 +54,11 @@ def _between(low: float, high: float) -> float:
     return (bottom + top) / 2
 
 
+def _both(a: Any, b: Any) -> Any:
+    a &= b
+    return a
+
+
 def _comparison(test: Callable[[Any, float], Any], at: float) -> Side:
     return Side(test, lambda c: (math.nan, at), rounded=True)
 
@@ -63,8 +68,8 @@ SIDES: dict[str, Side] = {
     # NaN is above: the kernel asks x <= threshold.
     "above": Side(lambda x, threshold: ~(x <= threshold), lambda threshold: (-math.inf, math.nan)),
     "positive": Side(lambda x: x > 0, lambda: (-1.0, 1.0)),
-    "inside": Side(lambda x, low, high: (x > low) & (x < high), lambda low, high: (math.inf, _between(low, high))),
-    "hard": Side(lambda x: (x > -3) & (x < 3), lambda: (3.0, 0.0)),
+    "inside": Side(lambda x, low, high: _both(x > low, x < high), lambda low, high: (math.inf, _between(low, high))),
+    "hard": Side(lambda x: _both(x > -3, x < 3), lambda: (3.0, 0.0)),
     "ge": _comparison(lambda x, c: x >= c, math.inf),
     "gt": _comparison(lambda x, c: x > c, math.inf),
     "le": _comparison(lambda x, c: x <= c, -math.inf),
