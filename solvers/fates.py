@@ -110,6 +110,8 @@ class FateMaker:
         self.wanted = {v for d in drafts for o in d.restore for v in problem.ops[o].reads}
         self.encoders: dict[ValueId, list[OpId]] = {}
         for v, o in encoders(problem):
+            if problem.ops[o].noise_ppb > problem.noise_limit_ppb:
+                continue
             self.encoders.setdefault(v, []).append(o)
         self.readers: dict[ValueId, list[OpId]] = {}
         for o, op in enumerate(problem.ops):

@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
+from graphplan.functions.group import HALF, mix, quantised_bytes
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
 from graphplan.functions.stand_in import SIDES, Like, pack_sides, run_on_shape, run_on_side
 
 __all__ = [
     "CHUNK",
+    "HALF",
     "SIDES",
     "Like",
     "Pooling",
     "dropout_from_mask",
     "is_dense",
+    "mix",
     "narrow_integers",
     "pack_pool_indices",
     "pack_sides",
     "packed_bytes",
     "pool_code_bits",
     "pool_code_bytes",
+    "quantised_bytes",
     "run_on_shape",
     "run_on_side",
     "unpack_bits",
