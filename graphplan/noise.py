@@ -15,21 +15,22 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graphplan.capture import Capture
-from graphplan.codecs import CODECS, Lossy
+from graphplan.capture import Capture, capture, flatten_call
+from graphplan.codecs import CODECS, Lossy, choose_codecs
 from graphplan.errors import GraphplanError
-from graphplan.instructions import Instruction, Instructions
+from graphplan.instructions import Instruction, Instructions, instructions_of
 from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes
 from graphplan.rewrite import Rewritten
 from graphplan.runtime import like_traced
+from graphplan.tree import as_tuple
 
 FORMAT = "graphplan-noise-1"
 REFERENCE = "int4"
@@ -97,6 +98,33 @@ class Noise:
             if isinstance(e, NoiseFormatError):
                 raise
             raise NoiseFormatError(f"{path}: not a noise file (truncated?): {type(e).__name__} {e}") from e
+
+
+def estimate_noise(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    codecs: str | Iterable[str] = "lossy",
+    weights: str = "sgd",
+) -> Noise:
+    """Return what every lossy code would add to the gradient of `model` on this batch, to save, ship and pass on.
+
+    Args:
+        model: the module, in the mode in which it is trained; left as it is.
+        example_inputs: a training batch of at least two samples.
+        example_kwargs: keyword arguments that go with them.
+        loss_fn: of the outputs (and `example_targets`); without it random gradients arrive at the outputs.
+        example_targets: second argument of `loss_fn`, if it takes one.
+        codecs: which codes.
+        weights: "sgd" (one variance for all parameters) or "adam" (each by its own).
+    """
+    args, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    captured = capture(model, args, kwargs)
+    batch = Batch(model, flatten_call(args, kwargs)[1], loss_fn, example_targets)
+    return estimate(captured, instructions_of(captured.graph, choose_codecs(codecs)), batch, weights)
 
 
 def estimate(
