@@ -32,6 +32,7 @@ class Batch:
     tensors: Sequence[Tensor]
     loss_fn: Callable[..., Tensor] | None = None
     targets: Any = None
+    samples: Tensor | None = None  # which of another batch's samples these are
 
     @property
     def size(self) -> int:
@@ -41,9 +42,9 @@ class Batch:
     def of(self, samples: Tensor) -> Batch:
         """Return the batch of these of its samples, int64 (size,)."""
         template, targets = Template.of(self.targets)
-        return Batch(
-            self.model, self._pick(self.tensors, samples), self.loss_fn, template.fill(self._pick(targets, samples))
-        )
+        picked = template.fill(self._pick(targets, samples))
+        known = samples if self.samples is None else self.samples[samples]
+        return Batch(self.model, self._pick(self.tensors, samples), self.loss_fn, picked, known)
 
     def _pick(self, tensors: Sequence[Tensor], samples: Tensor) -> list[Tensor]:
         return [t.detach()[samples] if t.dim() and t.shape[0] == self.size else t for t in tensors]
@@ -62,7 +63,7 @@ class Batch:
         graph = captured.graph
         wanted = [t is not None for t in graph.tangents]
         if self.loss_fn is None:
-            return [g for g, w in zip(_made_up(outputs, wanted), wanted, strict=True) if w]
+            return [g for g, w in zip(self._made_up(outputs, wanted), wanted, strict=True) if w]
         with torch.enable_grad():
             fresh = [o.detach().requires_grad_(w) for o, w in zip(outputs, wanted, strict=True)]
             returned = captured.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
@@ -71,15 +72,13 @@ class Batch:
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
         return [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, found, strict=True)]
 
-
-def _made_up(outputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    losses = [w and o.dim() == 0 for o, w in zip(outputs, wanted, strict=True)]
-    if any(losses):
-        return [
-            torch.ones_like(o) if is_loss else torch.zeros_like(o) for o, is_loss in zip(outputs, losses, strict=True)
-        ]
-    random = torch.Generator().manual_seed(TANGENT_SEED)
-    return [torch.randn(o.shape, generator=random).to(o) for o in outputs]
+    def _made_up(self, outputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+        losses = [w and o.dim() == 0 for o, w in zip(outputs, wanted, strict=True)]
+        if any(losses):
+            return [torch.full_like(o, float(is_loss)) for o, is_loss in zip(outputs, losses, strict=True)]
+        random = torch.Generator().manual_seed(TANGENT_SEED)
+        drawn = [torch.randn(o.shape, generator=random).to(o) for o in outputs]
+        return drawn if self.samples is None else self._pick(drawn, self.samples)
 
 
 class Tape:

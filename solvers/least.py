@@ -16,7 +16,7 @@ import numpy as np
 
 from solvers.bounds import ONE_RECOMPUTE, cost_floor, working_set
 from solvers.epochs import EpochModel
-from solvers.evaluate import Fates, exact, keep_everything, profiles, to_schedule
+from solvers.evaluate import Fates, exact, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import descend, evaluation, flips, try_flips
 from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.problem import Limits, Problem, Schedule, Solution, Status
@@ -77,6 +77,8 @@ def find_least(problem: Problem, limits: Limits) -> Least:
     before = _known.pop(key, None)
     if before is None or before.seconds < limits.seconds:
         found = _find(key[0], limits)
+        if problem.noise_limit_ppb:
+            found = _better_exact(problem, found, limits)
         if before is not None and before.peak_bytes < found.peak_bytes:
             found = replace(before, seconds=found.seconds)
         before = found
@@ -104,6 +106,13 @@ def _find(problem: Problem, limits: Limits) -> Least:
     if len(units.units) * len(problem.program) <= EXACT_SIZE:
         best = _refine(search, units, best)
     return replace(best, seconds=math.inf if search.left() > 0 else limits.seconds)
+
+
+def _better_exact(problem: Problem, found: Least, limits: Limits) -> Least:
+    """Return the least peak without noise if it is the smaller: more fates make a larger search, not a larger peak."""
+    exact = find_least(replace(problem, noise_limit_ppb=0), limits)
+    fates = fates_of(build_units(problem), exact.schedule) if exact.peak_bytes < found.peak_bytes else None
+    return found if fates is None else replace(exact, bound_bytes=found.bound_bytes, fates=tuple(int(m) for m in fates))
 
 
 def _least(units: Units, fates: Fates, bound: int) -> Least:
