@@ -56,18 +56,18 @@ def sides() -> Cases:
     """Return packing, unpacking, and backward ops run from bits beside the ops themselves."""
     import torch
 
-    from graphplan.functions import SIDES, pack_sides, run_on_side, unpack_bits
+    from graphplan.functions import SIDES, from_sides, pack_sides, unpack_bits
 
     aten = torch.ops.aten
     x, grad = torch.randn(NUMEL), torch.randn(NUMEL)
     mask, half = x > 0, x.bfloat16()
-    true, like = (("true", ()),), (torch.float32, (NUMEL,), (1,))
-    bits = pack_sides(mask, true)
+    like, out = (torch.float32, (NUMEL,), (1,)), (torch.float32, (1,))
+    bits = pack_sides(mask, ["true"], [])
     cases: Cases = {
         "copy_ into a tensor that is there": (lambda: grad.copy_(x), None),
-        "bool -> bits": (lambda: pack_sides(mask, true), 0.5),
+        "bool -> bits": (lambda: pack_sides(mask, ["true"], []), 0.5),
         "bits -> bool": (lambda: unpack_bits(bits, (NUMEL,), (1,)), 0.5),
-        "bfloat16 -> bits (above 0)": (lambda: pack_sides(half, (("above", (0.0,)),)), None),
+        "bfloat16 -> bits (above 0)": (lambda: pack_sides(half, ["above"], [0.0]), None),
     }
     for op, side, consts in (
         (aten.threshold_backward.default, "above", (0.0,)),
@@ -75,18 +75,50 @@ def sides() -> Cases:
         (aten.leaky_relu_backward.default, "positive", (0.1, False)),
         (aten.hardsigmoid_backward.default, "hard", ()),
     ):
-        of = consts if side in ("above", "inside") else ()
-        name, packed, values = op.overloadpacket.__name__, pack_sides(x, ((side, of),)), SIDES[side].values(*of)
-        args = (op, (grad, None, *consts), 1, packed, 0, values, like, like)
-        cases[f"float32 -> bits ({side})"] = (lambda s=((side, of),): pack_sides(x, s), None)  # type: ignore[misc]
+        of = list(consts) if side in ("above", "inside") else []
+        name, packed, values = op.overloadpacket.__name__, pack_sides(x, [side], of), list(SIDES[side].values(*of))
+        plain, over, args = from_sides(op, 1), from_sides(op, 1, 0), (packed, 0, values, *like, *out, grad, *consts)
+        cases[f"float32 -> bits ({side})"] = (lambda s=side, c=of: pack_sides(x, [s], c), None)  # type: ignore[misc]
         cases[f"{name} itself"] = (lambda op=op, c=consts: op(grad, x, *c), None)  # type: ignore[misc]
-        cases[f"{name} from bits"] = (lambda a=args: run_on_side(*a), None)  # type: ignore[misc]
-        cases[f"{name} from bits, over grad"] = (lambda a=args: run_on_side(*a, over=0), None)  # type: ignore[misc]
+        cases[f"{name} from bits"] = (lambda op=plain, a=args: op(*a), None)  # type: ignore[misc]
+        cases[f"{name} from bits, over grad"] = (lambda op=over, a=args: op(*a), None)  # type: ignore[misc]
     dropout = aten.native_dropout_backward.default
-    args = (dropout, (grad, None, 1.25), 1, bits, 0, (False, True), (torch.bool, (NUMEL,), (1,)), like)
+    form, args = from_sides(dropout, 1), (bits, 0, [0.0, 1.0], torch.bool, (NUMEL,), (1,), *out, grad, 1.25)
     cases["native_dropout_backward itself"] = (lambda: dropout(grad, mask, 1.25), None)
-    cases["native_dropout_backward from bits"] = (lambda: run_on_side(*args), None)
+    cases["native_dropout_backward from bits"] = (lambda: form(*args), None)
     return cases
+
+
+def compiled() -> Cases:
+    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 14)."""
+    import torch
+    from torch import Tensor
+
+    x, grad, mask = torch.randn(NUMEL), torch.randn(NUMEL), torch.randn(NUMEL) > 0
+    block = 4096  # bit i of byte j is element i * block + j: whole vectors are read and written
+    shifts = torch.arange(8, dtype=torch.int32).view(1, 8, 1)
+
+    def pack(bits: Tensor) -> Tensor:
+        parts = bits.view(-1, 8, block).to(torch.int32)
+        packed = parts[:, 0]
+        for i in range(1, 8):
+            packed = packed | (parts[:, i] << i)
+        return packed.to(torch.uint8)
+
+    def unpack(packed: Tensor) -> Tensor:
+        return (((packed.to(torch.int32).unsqueeze(1) >> shifts) & 1) != 0).view(-1)
+
+    pack_float = torch.compile(lambda x: pack(~(x <= 0.0)))
+    unpack_bool, backward = torch.compile(unpack), torch.compile(lambda p, g: torch.where(unpack(p), g, 0.0))
+    packed = pack_float(x).view(-1, block)
+    assert torch.equal(unpack_bool(packed), x > 0)
+    pack_bool = torch.compile(pack)
+    return {
+        "Inductor: float32 -> bits (above)": (lambda: pack_float(x), None),
+        "Inductor: bool -> bits": (lambda: pack_bool(mask), None),
+        "Inductor: bits -> bool": (lambda: unpack_bool(packed), None),
+        "Inductor: threshold_backward from bits": (lambda: backward(packed, grad), None),
+    }
 
 
 def indices() -> Cases:
@@ -100,10 +132,10 @@ def indices() -> Cases:
     for kernel, padding in ((2, 0), (3, 1)):
         _, found = torch.ops.aten.max_pool2d_with_indices(x, [kernel] * 2, [2, 2], [padding] * 2)
         pooling = ((128, 128), (kernel,) * 2, (2, 2), (padding,) * 2, (1, 1))
-        packed, size, stride = pack_pool_indices(found, pooling), tuple(found.shape), found.stride()
+        packed, size, stride = pack_pool_indices(found, *pooling), tuple(found.shape), found.stride()
         name = f"{kernel}x{kernel} pool indices"
-        cases[f"{name} -> bits"] = (lambda i=found, p=pooling: pack_pool_indices(i, p), None)  # type: ignore[misc]
-        cases[f"{name} <- bits"] = (lambda c=packed, g=(size, stride, pooling): unpack_pool_indices(c, *g), None)  # type: ignore[misc]
+        cases[f"{name} -> bits"] = (lambda i=found, p=pooling: pack_pool_indices(i, *p), None)  # type: ignore[misc]
+        cases[f"{name} <- bits"] = (lambda c=packed, g=(size, stride, *pooling): unpack_pool_indices(c, *g), None)  # type: ignore[misc]
     small = narrow_integers(found, torch.int16)
     cases["int64 -> int16"] = (lambda: narrow_integers(found, torch.int16), None)
     cases["int64 <- int16"] = (lambda: widen_integers(small, torch.int64), None)
@@ -138,10 +170,12 @@ def measure(cases: Cases, runs: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15)
-    runs = parser.parse_args().runs
+    parser.add_argument("--no-compiler", action="store_true", help="leave out the rows that need a C++ compiler")
+    args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in WARM.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", "--runs", str(runs)], {**os.environ, **WARM})
-    rows = [row for cases in (sides, indices) for row in measure(cases(), runs)]
+        os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", *sys.argv[1:]], {**os.environ, **WARM})
+    suites = (sides, indices) if args.no_compiler else (sides, indices, compiled)
+    rows = [row for cases in suites for row in measure(cases(), args.runs)]
     print(f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}")
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as out:

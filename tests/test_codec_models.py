@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import graphplan
 from graphplan import functions
@@ -18,6 +19,7 @@ from graphplan.codecs import CODECS, choose_codecs
 from graphplan.instructions import Instruction, Instructions, instructions_of
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from models_zoo import MODELS
 
 
 class Net(nn.Module):
@@ -56,6 +58,18 @@ def pooled_relu(x: Tensor) -> Tensor:
     return F.max_pool2d(F.relu(x), 3, 2, 1)
 
 
+class Embedded(nn.Module):
+    """Adds rows of a table; the lookup itself, and nothing before it, proves where its indices lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[:, :2].detach() * 100).long() % 300
+        return x + self.table(ids).sum(1)
+
+
 CASES = {
     "relu": Case(F.relu, ("relu__mask", "threshold_backward__from_mask"), linear=True),
     "relu6": Case(F.relu6, ("addmm__mask", "hardtanh_backward__from_mask"), linear=True),
@@ -82,6 +96,8 @@ CASES = {
     "adaptive_avg_pool": Case(lambda x: F.adaptive_avg_pool2d(x.tanh(), 4), ("tanh__shape",)),
     "reflection": Case(lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), ("convolution__shape",)),
     "frozen convolution": Case(lambda x: x * 2, ("mul__shape", "convolution_backward__from_shape"), frozen=True),
+    "argmax": Case(lambda x: x * x.gather(1, x.argmax(1, True)), ("argmax__narrow",), linear=True),
+    "embedding": Case(Embedded(), ("remainder__narrow",), linear=True),
     "topk": Case(lambda x: x * x.topk(3, 1)[0].sum(1, keepdim=True), ("getitem_1__narrow",), linear=True),
 }
 
@@ -145,7 +161,31 @@ def test_gradients_are_those_of_the_plain_graph(name: str) -> None:
         assert only is not None or set(case.offers) & set(steps)
 
 
-@pytest.mark.parametrize("name", ["relu", "relu6 of images", "dropout", "where", "max_pool", "topk"])
+@pytest.mark.parametrize("name", MODELS)
+def test_zoo_models_with_every_codec_in_force(name: str) -> None:
+    """Outputs, gradients and buffers of a whole step, to the bit."""
+    entry = MODELS[name]
+    model, example = entry.build_small(), entry.example_small()
+    captured = capture(model, example.inputs, {})
+    instructions = instructions_of(captured.graph, choose_codecs("exact"))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def step_of(steps: list[str]) -> list[Tensor | None]:
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(3)
+        step = Step.of(captured, rewrite(captured.graph, instructions, steps))
+        outputs = step.run(model, [x for x in tree_leaves(example.inputs) if isinstance(x, Tensor)])
+        entry.loss(outputs, example.targets).backward()
+        buffers = [b.clone() for b in model.buffers()]
+        return [*(t.detach() for t in tree_leaves(outputs)), *(p.grad for p in model.parameters()), *buffers]
+
+    steps = forced(instructions, captured)
+    assert bool(instructions.encoded) == any(s.endswith(("__mask", "__shape", "__narrow")) for s in steps)
+    assert equal(step_of([instructions.items[p].name for p in instructions.program]), step_of(steps))
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6 of images", "dropout", "where", "max_pool", "topk", "embedding"])
 def test_a_wrong_bit_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients do depend on what was packed: this is what the tests above compare."""
     model, x, captured, sound = prepared(CASES[name])

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphplan import functions
 from graphplan.codecs import CODECS, choose_codecs
@@ -21,7 +23,7 @@ from graphplan.functions.stand_in import out_form
 from graphplan.meter import peak_of
 
 aten = torch.ops.aten
-TRUE = (("true", ()),)
+TRUE: tuple[list[str], list[float]] = (["true"], [])
 INF, NAN = math.inf, math.nan
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SPECIAL = torch.tensor(
@@ -73,7 +75,7 @@ def like_of(x: Tensor) -> functions.Like:
 @given(shapes, layouts)
 def test_bits_round_trip(shape: list[int], random: Any) -> None:
     mask = laid_out(torch.rand(shape) > 0.5, random)
-    packed = functions.pack_sides(mask, TRUE)
+    packed = functions.pack_sides(mask, *TRUE)
     assert packed.numel() == functions.packed_bytes(mask.numel()) == (mask.numel() + 7) // 8
     assert same_bits(functions.unpack_bits(packed, mask.shape, mask.stride()), mask)
 
@@ -92,19 +94,35 @@ def run_both(op: Any, x: Tensor, grad: Tensor, consts: tuple[Any, ...], *, over:
     """Return what `op` gives on x, and on its sides packed as the second of two."""
     (reads,) = READERS[op]
     args = (x, *consts) if reads.argument == 0 else (grad, x, *consts)
-    side = (reads.side, tuple(float(args[i]) for i in reads.consts))
-    values = functions.SIDES[reads.side].values(*side[1])
+    own = [float(args[i]) for i in reads.consts]
     want = op(*args)
-    packed = functions.pack_sides(x, (("positive", ()), side))
-    others = (*args[: reads.argument], None, *args[reads.argument + 1 :])
-    got = functions.run_on_side(
-        op, others, reads.argument, packed, 1, values, like_of(x), like_of(want), 0 if over else None
-    )
-    return want, got
+    packed = functions.pack_sides(x, ["positive", reads.side], own)
+    values = functions.SIDES[reads.side].values(*own)
+    return want, on_sides(op, reads.argument, args, packed, 1, values, x, want, over)
+
+
+def on_sides(
+    op: Any, at: int, args: Any, packed: Tensor, part: int, values: Any, x: Tensor, want: Tensor, over: bool = False
+) -> Tensor:
+    """Return what `op` gives on the sides of x; a fake run must foretell its geometry."""
+    form = functions.from_sides(op, at, 0 if over else None)
+    given = (packed, part, list(values), *like_of(x), want.dtype, want.stride(), *args[:at], *args[at + 1 :])
+    assert likes(faked(form, given)) == [like_of(want)]
+    return form(*given)  # type: ignore[no-any-return]
+
+
+def faked(op: Any, args: tuple[Any, ...]) -> Any:
+    """Return what the op's fake kernel says will come out."""
+    with FakeTensorMode() as mode:
+        return op(*tree_map_only(Tensor, mode.from_tensor, args))
+
+
+def likes(results: Any) -> list[functions.Like | None]:
+    return [None if t is None else like_of(t) for t in tree_leaves(results)]
 
 
 @pytest.mark.parametrize("op", SIDED, ids=str)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shape=shapes, dtype=st.sampled_from(FLOATS), random=layouts, data=st.data())
 def test_ops_on_sides(op: Any, shape: list[int], dtype: torch.dtype, random: Any, data: Any) -> None:
     """Equal to the bit to the op on the activation itself: NaN, infinities, signed zeros, other strides included."""
@@ -138,7 +156,7 @@ def test_hardtanh_of_nan() -> None:
 def test_elementwise_ops_on_a_bool(shape: list[int], dtype: torch.dtype, random: Any) -> None:
     mask = laid_out(torch.rand(shape) > 0.5, random)
     grad = torch.empty_like(mask, dtype=dtype).copy_(odd_values(shape, dtype, random))
-    packed, like = functions.pack_sides(mask, TRUE), like_of(mask)
+    packed = functions.pack_sides(mask, *TRUE)
     zero = torch.zeros((), dtype=dtype)
     for op, at, args in (
         (aten.native_dropout_backward.default, 1, (grad, mask, 1.25)),
@@ -148,8 +166,7 @@ def test_elementwise_ops_on_a_bool(shape: list[int], dtype: torch.dtype, random:
         (aten.logical_not.default, 0, (mask,)),
     ):
         want = op(*args)
-        others = (*args[:at], None, *args[at + 1 :])
-        got = functions.run_on_side(op, others, at, packed, 0, (False, True), like, like_of(want))
+        got = on_sides(op, at, args, packed, 0, (False, True), mask, want)
         assert same_bits(want, got), op
 
 
@@ -196,6 +213,8 @@ SHAPED: dict[Any, list[tuple[tuple[int, ...], Callable[[Tensor], tuple[Any, ...]
     aten.adaptive_max_pool3d_backward.default: [
         (VOLUME, lambda x: _adaptive_args(x, aten.adaptive_max_pool3d, [3, 4, 2]))
     ],
+    aten.fractional_max_pool2d_backward.default: [(IMAGE, lambda x: _fractional_args(x, aten.fractional_max_pool2d))],
+    aten.fractional_max_pool3d_backward.default: [(VOLUME, lambda x: _fractional_args(x, aten.fractional_max_pool3d))],
     aten.reflection_pad1d_backward.default: [((2, 3, 7), lambda x: pad_args(x, 1))],
     aten.reflection_pad2d_backward.default: [(IMAGE, lambda x: pad_args(x, 2))],
     aten.reflection_pad3d_backward.default: [(VOLUME, lambda x: pad_args(x, 3))],
@@ -221,6 +240,13 @@ def _adaptive_args(x: Tensor, op: Any, size: list[int]) -> tuple[Any, ...]:
     return grad, x, indices
 
 
+def _fractional_args(x: Tensor, op: Any) -> tuple[Any, ...]:
+    dims = x.dim() - 2
+    kernel, size = [2] * dims, [3] * dims
+    grad, indices = pooled(x, op, kernel, size, torch.rand(2, 3, dims))
+    return grad, x, kernel, size, indices
+
+
 def _weight_args(weight: Tensor) -> tuple[Any, ...]:
     grad, x, _, *rest = conv_args(torch.randn(2, 3, 7, 9), [False, True, True])
     return grad, x, weight, *rest
@@ -238,12 +264,15 @@ def test_ops_on_a_shape(op: Any, channels_last: bool) -> None:
         assert reads.side is None
         assert reads.when(args)
         want = op(*args)
-        others = (*args[: reads.argument], None, *args[reads.argument + 1 :])
+        others = (*args[: reads.argument], *args[reads.argument + 1 :])
         fills = [False]
         if isinstance(want, Tensor) and like_of(want) == like_of(x) and out_form(op) is not None:
             fills.append(True)
         for fill in fills:
-            got = functions.run_on_shape(op, others, reads.argument, like_of(x), fill)
+            form = functions.from_shape(op, reads.argument)
+            given = (torch.empty(0), *like_of(x), fill, *others)
+            assert likes(faked(form, given)) == likes(faked(op, args))  # where ATen's own are wrong, ours are
+            got = form(*given)
             if isinstance(want, tuple):  # of a convolution: what was asked for
                 assert all(same_bits(a, b) for a, b, asked in zip(want, got, args[10], strict=True) if asked)
             else:
@@ -273,10 +302,10 @@ def test_pool_indices_round_trip(dims: int, random: Any, kernel: int, step: int,
     pooling = (plane, (kernel,) * dims, (step,) * dims, (padding,) * dims, (apart,) * dims)
     width = functions.pool_code_bits(pooling)
     assert width == next(b for b in (2, 4, 8) if kernel**dims <= 1 << b)
-    packed = functions.pack_pool_indices(found, pooling)
+    packed = functions.pack_pool_indices(found, *pooling)
     assert packed.numel() == functions.pool_code_bytes(found.shape, found.stride(), pooling)
     assert packed.numel() <= found.numel() * width / 8 + found.numel() / 16 + 1
-    assert same_bits(functions.unpack_pool_indices(packed, found.shape, found.stride(), pooling), found)
+    assert same_bits(functions.unpack_pool_indices(packed, found.shape, found.stride(), *pooling), found)
 
 
 def test_pool_windows_that_codes_cannot_tell() -> None:
@@ -308,23 +337,23 @@ def test_chunks_bound_the_temporaries() -> None:
     n = 16 * functions.CHUNK + 3
     x = torch.randn(n)
     mask = x > 0
-    above, true = (("above", (0.0,)),), TRUE
-    packed = functions.pack_sides(mask, true)
-    like = (torch.float32, (n,), (1,))
-    threshold = (aten.threshold_backward.default, (x, None, 0), 1, packed, 0, (-INF, NAN), like, like)
+    packed = functions.pack_sides(mask, *TRUE)
+    above = (["above"], [0.0])
+    threshold = functions.from_sides(aten.threshold_backward.default, 1)
+    asked = (packed, 0, [-INF, NAN], torch.float32, (n,), (1,), torch.float32, (1,), x, 0)
     _, found = aten.max_pool2d_with_indices(x[: 1 << 22].view(16, 1, 512, 512), [3, 3], [2, 2], [1, 1])
     pooling = ((512, 512), (3, 3), (2, 2), (1, 1), (1, 1))
-    codes = functions.pack_pool_indices(found, pooling)
+    codes = functions.pack_pool_indices(found, *pooling)
     for what, call, result_bytes in (
-        ("bool", lambda: functions.pack_sides(mask, true), packed.numel()),
-        ("above", lambda: functions.pack_sides(x, above), packed.numel()),
-        ("half", lambda: functions.pack_sides(x.bfloat16(), above), packed.numel() + 2 * n),
+        ("bool", lambda: functions.pack_sides(mask, *TRUE), packed.numel()),
+        ("above", lambda: functions.pack_sides(x, *above), packed.numel()),
+        ("half", lambda: functions.pack_sides(x.bfloat16(), *above), packed.numel() + 2 * n),
         ("unpack", lambda: functions.unpack_bits(packed, (n,), (1,)), n),
-        ("threshold", lambda: functions.run_on_side(*threshold), 4 * n),
-        ("pool", lambda: functions.pack_pool_indices(found, pooling), codes.numel()),
+        ("threshold", lambda: threshold(*asked), 4 * n),
+        ("pool", lambda: functions.pack_pool_indices(found, *pooling), codes.numel()),
         (
             "unpool",
-            lambda: functions.unpack_pool_indices(codes, found.shape, found.stride(), pooling),
+            lambda: functions.unpack_pool_indices(codes, found.shape, found.stride(), *pooling),
             8 * found.numel(),
         ),
     ):

@@ -45,6 +45,12 @@ def base_of(graph: Graph, node: fx.Node) -> fx.Node:
     return node
 
 
+def target_of(node: fx.Node) -> torch._ops.OpOverload:
+    """Return the ATen op that a node calls."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target
+
+
 def packed(id_: int, name: str, nbytes: int, storage: int, codec: str) -> Encoded:
     """Return an encoding of `storage` in `nbytes` bytes of uint8."""
     like = torch.empty(nbytes, dtype=torch.uint8, device="meta")

@@ -17,7 +17,7 @@ from torch import fx
 from graphplan import functions
 from graphplan.codecs.find import backward_readers, packed, saved_nodes
 from graphplan.codecs.readers import READERS
-from graphplan.codecs.stand_in import run_from, sides_of, undemanding
+from graphplan.codecs.stand_in import packing, run_from, sides_of, undemanding
 from graphplan.graph import Graph, GraphOp
 from graphplan.in_place import operands_of
 from graphplan.instructions import Emitter, Encoded, Instruction, results_of
@@ -69,14 +69,14 @@ class Lossy:
                 codes.append(packed(id_ + 1, f"{node.name}__{self.name}_mask", nbytes, storage, self.name))
                 made.extend(run_from(graph, storage, asked, codes[1], operands, f"from_{self.name}"))
             encoded.extend(codes)
-            made.append(self._encode(node, storage, codes, tuple(sides_of(asked))))
+            made.append(self._encode(node, storage, codes, packing(sides_of(asked))))
             made.extend(self._decode_and_run(graph, op, node, storage, code) for op in wanting)
         return encoded, made
 
     def mean_square_error(self, x: torch.Tensor) -> float:
         """Return the mean square of what encoding x and decoding it changes."""
-        code = torch.ops.graphplan.quantise(x, self.bits, 0, 0)
-        back = torch.ops.graphplan.dequantise(code, self.bits, x.shape, x.stride(), x.dtype)
+        code = functions.quantise(x, self.bits, 0, 0)
+        back = functions.dequantise(code, self.bits, x.shape, x.stride(), x.dtype)
         return float((back.float() - x.float()).square_().mean())
 
     def _shrinks(self, node: fx.Node) -> bool:
@@ -91,10 +91,10 @@ class Lossy:
     def _encode(self, node: fx.Node, storage: int, codes: list[Encoded], sides: tuple[Any, ...]) -> Instruction:
         def emit(out: Emitter) -> None:
             args = (out.load(node), self.bits, out.key(), storage)
-            code = out.call(torch.ops.graphplan.quantise.default, args, codes[0].name)
+            code = out.call(functions.quantise, args, codes[0].name)
             out.store_encoded(codes[0].id, code)
             for mask in codes[1:]:
-                out.store_encoded(mask.id, out.call(functions.pack_sides, (out.load(node), sides), mask.name))
+                out.store_encoded(mask.id, out.call(functions.pack_sides, (out.load(node), *sides), mask.name))
 
         writes = tuple(c.id for c in codes)
         return Instruction(codes[0].name, "encode", None, (storage,), writes, True, emit)
@@ -105,7 +105,7 @@ class Lossy:
 
         def decoded(out: Emitter) -> fx.Node:
             args = (out.load_encoded(code.id), self.bits, *like)
-            return out.call(torch.ops.graphplan.dequantise.default, args, f"{node.name}__from_{self.name}")
+            return out.call(functions.dequantise, args, f"{node.name}__from_{self.name}")
 
         def emit(out: Emitter) -> None:
             copies = {node: decoded(out)}

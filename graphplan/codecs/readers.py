@@ -49,6 +49,8 @@ READERS: dict[torch._ops.OpOverload, tuple[Reads, ...]] = {
     aten.max_pool3d_with_indices_backward.default: (Reads(1),),
     aten.adaptive_max_pool2d_backward.default: (Reads(1),),
     aten.adaptive_max_pool3d_backward.default: (Reads(1),),
+    aten.fractional_max_pool2d_backward.default: (Reads(1),),
+    aten.fractional_max_pool3d_backward.default: (Reads(1),),
     aten.reflection_pad1d_backward.default: (Reads(1),),
     aten.reflection_pad2d_backward.default: (Reads(1),),
     aten.reflection_pad3d_backward.default: (Reads(1),),

@@ -15,7 +15,17 @@ import torch
 from torch import fx
 
 from graphplan import functions
-from graphplan.codecs.find import Call, backward_readers, base_of, decode, encode, instead, packed, saved_nodes
+from graphplan.codecs.find import (
+    Call,
+    backward_readers,
+    base_of,
+    decode,
+    encode,
+    instead,
+    packed,
+    saved_nodes,
+    target_of,
+)
 from graphplan.codecs.readers import Reads, reads_of
 from graphplan.graph import Graph, GraphOp
 from graphplan.in_place import operands_of
@@ -54,7 +64,7 @@ class StandIn:
             name = f"{node.name}__{'mask' if sides else 'shape'}"
             new = packed(first_id + len(encoded), name, nbytes, storage, self.name)
             encoded.append(new)
-            made.append(encode(node, storage, new, functions.pack_sides, (tuple(sides),)))
+            made.append(encode(node, storage, new, functions.pack_sides, packing(sides)))
             if whole:
                 geometry = (tuple(val.shape), tuple(val.stride()))
                 made.append(decode(node, storage, new, "unpack", functions.unpack_bits, geometry))
@@ -71,6 +81,11 @@ def undemanding(graph: Graph, node: fx.Node, storage: int, readers: Iterable[Gra
 def sides_of(asked: Iterable[Asked]) -> dict[Side, None]:
     """Return the sides that readers ask for, each once, in the order of their bits."""
     return dict.fromkeys(side for _, _, side in asked if side is not None)
+
+
+def packing(sides: Iterable[Side]) -> tuple[list[str], list[float]]:
+    """Return what `functions.pack_sides` takes beside the activation."""
+    return [side for side, _ in sides], [c for _, own in sides for c in own]
 
 
 def run_from(
@@ -118,7 +133,8 @@ def _from_shape(graph: Graph, op: GraphOp, storage: int, reads: Reads, new: Enco
     fill = isinstance(op.node.meta["val"], torch.Tensor) and _like(op.node) == like
 
     def call(out: Emitter) -> Call:
-        return functions.run_on_shape, (op.node.target, _others(op, reads, out), reads.argument, like, fill)
+        form = functions.from_shape(target_of(op.node), reads.argument)
+        return form, (out.load_encoded(new.id), *like, fill, *_others(op, reads, out))
 
     return instead(graph, op, storage, new, suffix, call)
 
@@ -135,12 +151,13 @@ def _from_mask(
 ) -> Instruction:
     part, side = at
     over = [i for i, a in enumerate(op.node.args) if isinstance(a, fx.Node) and operand in graph.storages_of[a.name]]
-    values = functions.SIDES[side[0]].values(*side[1])
-    tail = (part, values, _like(op.node.args[reads.argument]), _like(op.node))
+    values = list(functions.SIDES[side[0]].values(*side[1]))
+    dtype, _, stride = _like(op.node)
+    like = _like(op.node.args[reads.argument])
 
     def call(out: Emitter) -> Call:
-        head = (op.node.target, _others(op, reads, out), reads.argument, out.load_encoded(new.id))
-        return functions.run_on_side, (*head, *tail, *(over[:1] if out.takes_over else ()))
+        form = functions.from_sides(target_of(op.node), reads.argument, over[0] if out.takes_over else None)
+        return form, (out.load_encoded(new.id), part, values, *like, dtype, stride, *_others(op, reads, out))
 
     return instead(graph, op, storage, new, suffix, call, operand if over else None)
 
@@ -151,8 +168,8 @@ def _like(node: Any) -> functions.Like:
 
 
 def _others(op: GraphOp, reads: Reads, out: Emitter) -> Any:
-    """Return the op's arguments with nothing where the activation stood."""
-    args = (*op.node.args[: reads.argument], None, *op.node.args[reads.argument + 1 :])
+    """Return the op's arguments without the activation."""
+    args = (*op.node.args[: reads.argument], *op.node.args[reads.argument + 1 :])
     return fx.map_arg(args, out.load)
 
 

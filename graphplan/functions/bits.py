@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphplan.functions.register import registered
+
 CHUNK = 1 << 18  # elements worked on at a time: a multiple of 8
 
 
@@ -18,16 +20,22 @@ def packed_bytes(numel: int) -> int:
     return (numel + 7) // 8
 
 
+def _empty_mask(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=torch.bool, device=packed.device)
+
+
+@registered("(Tensor packed, int[] size, int[] stride) -> Tensor", _empty_mask)
 def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Return the bool tensor whose elements in storage order are the bits of `packed`, lowest first."""
-    mask = torch.empty_strided(tuple(size), tuple(stride), dtype=torch.bool, device=packed.device)
+    mask = _empty_mask(packed, size, stride)
     flat = in_storage_order(mask)
-    for piece, (start, stop) in pieces(mask.numel()):
+    for piece, chunk in pieces(mask.numel()):
+        numel = chunk.stop - chunk.start
         if packed.device.type == "cpu":
-            bits = np.unpackbits(packed[piece].numpy(), count=stop - start, bitorder="little")
-            flat[start:stop].numpy()[...] = bits.view(np.bool_)
+            bits = np.unpackbits(packed[piece].numpy(), count=numel, bitorder="little")
+            flat[chunk].numpy()[...] = bits.view(np.bool_)
         else:
-            flat[start:stop] = spread_bits(packed[piece], stop - start)
+            flat[chunk] = spread_bits(packed[piece], numel)
     return mask
 
 
@@ -62,8 +70,8 @@ def in_storage_order(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.numel(),), (1,))
 
 
-def pieces(numel: int) -> Iterator[tuple[slice, tuple[int, int]]]:
-    """Yield (the bytes of a chunk's bits, (its first element, the one after its last))."""
+def pieces(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (the bytes of a chunk's bits, its elements)."""
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)
-        yield slice(start // 8, packed_bytes(stop)), (start, stop)
+        yield slice(start // 8, packed_bytes(stop)), slice(start, stop)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, in_storage_order
+from graphplan.functions.register import registered
 
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
@@ -42,7 +43,11 @@ def mix(*parts: int) -> int:
     return h - (1 << 64) if h >> 63 else h
 
 
-@torch.library.custom_op("graphplan::quantise", mutates_args=())
+def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
+    return torch.empty(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+
+
+@registered("(Tensor x, int bits, int key, int slot) -> Tensor", _packed_like)
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
     packed = torch.empty(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
@@ -60,12 +65,11 @@ def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     return packed
 
 
-@quantise.register_fake
-def _(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
-    return torch.empty(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=packed.device)
 
 
-@torch.library.custom_op("graphplan::dequantise", mutates_args=())
+@registered("(Tensor packed, int bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor", _unpacked_like)
 def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return what `quantise` packed, of this size, stride and dtype."""
     x = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=packed.device)
@@ -78,11 +82,6 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
         rows = slice(start // GROUP, -(-stop // GROUP))
         flat[start:stop] = _decode(codes[rows], low[rows], step[rows], bits).view(-1)[: stop - start]
     return x
-
-
-@dequantise.register_fake
-def _(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=packed.device)
 
 
 def _copied(x: Tensor, flat: Tensor, values: Tensor) -> Tensor:

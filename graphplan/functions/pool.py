@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.bits import CHUNK
+from graphplan.functions.register import registered
 
 Pooling = tuple[tuple[int, ...], ...]  # input plane, kernel, stride, padding, dilation; a number for each dimension
 
@@ -32,8 +33,25 @@ def pool_code_bytes(size: Sequence[int], stride: Sequence[int], pooling: Pooling
     return sum(_packed(n, bits) for _, n in _blocks(_physical(size, stride)[1]))
 
 
-def pack_pool_indices(indices: Tensor, pooling: Pooling) -> Tensor:
+_POOLING = "int[] plane, int[] kernel, int[] step, int[] padding, int[] dilation"
+
+
+def _empty_codes(indices: Tensor, *pooling: Sequence[int]) -> Tensor:
+    nbytes = pool_code_bytes(indices.shape, indices.stride(), tuple(map(tuple, pooling)))
+    return torch.empty(nbytes, dtype=torch.uint8, device=indices.device)
+
+
+@registered(f"(Tensor indices, {_POOLING}) -> Tensor", _empty_codes)
+def pack_pool_indices(
+    indices: Tensor,
+    plane: Sequence[int],
+    kernel: Sequence[int],
+    step: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """Return, in storage order, which element of its window each of max_pool's (dense) int64 `indices` is."""
+    pooling = tuple(map(tuple, (plane, kernel, step, padding, dilation)))
     order, shape = _physical(indices.shape, indices.stride())
     bits = _bits(pooling)
     offsets = _offsets(pooling)
@@ -41,9 +59,7 @@ def pack_pool_indices(indices: Tensor, pooling: Pooling) -> Tensor:
     position[list(offsets)] = torch.arange(len(offsets), dtype=torch.uint8)
     position = position.to(indices.device)
     flat, first = indices.permute(order), _first(indices, pooling).permute(order).expand(shape)
-    packed = torch.empty(
-        pool_code_bytes(indices.shape, indices.stride(), pooling), dtype=torch.uint8, device=indices.device
-    )
+    packed = _empty_codes(indices, *pooling)
     start = 0
     for block, numel in _blocks(shape):
         stop = start + _packed(numel, bits)
@@ -54,9 +70,24 @@ def pack_pool_indices(indices: Tensor, pooling: Pooling) -> Tensor:
     return packed
 
 
-def unpack_pool_indices(packed: Tensor, size: Sequence[int], stride: Sequence[int], pooling: Pooling) -> Tensor:
+def _empty_indices(packed: Tensor, size: Sequence[int], stride: Sequence[int], *pooling: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=torch.int64, device=packed.device)
+
+
+@registered(f"(Tensor packed, int[] size, int[] stride, {_POOLING}) -> Tensor", _empty_indices)
+def unpack_pool_indices(
+    packed: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    plane: Sequence[int],
+    kernel: Sequence[int],
+    step: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """Return the int64 indices of `size` and `stride` that `pack_pool_indices` packed."""
-    indices = torch.empty_strided(tuple(size), tuple(stride), dtype=torch.int64, device=packed.device)
+    pooling = tuple(map(tuple, (plane, kernel, step, padding, dilation)))
+    indices = _empty_indices(packed, size, stride, *pooling)
     order, shape = _physical(size, stride)
     bits = _bits(pooling)
     rows = _offset_rows(pooling).to(packed.device)

@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions.bits import in_storage_order, packed_bytes, pieces, spread_bits, write_bits
+from graphplan.functions.register import registered
 
 Values = tuple[float, float]
 Like = tuple[torch.dtype, Sequence[int], Sequence[int]]  # dtype, size and stride of what is stood in for
@@ -34,6 +37,11 @@ class Side:
     test: Callable[..., Any]
     values: Callable[..., Values]
     rounded: bool = False
+
+    @property
+    def consts(self) -> int:
+        """How many constants it has."""
+        return len(signature(self.test).parameters) - 1
 
 
 def _between(low: float, high: float) -> float:
@@ -66,23 +74,41 @@ SIDES: dict[str, Side] = {
 }
 
 
-def pack_sides(x: Tensor, sides: Sequence[tuple[str, Sequence[float]]]) -> Tensor:
-    """Return, for a dense x in storage order, whether each element passes SIDES[side] with its constants.
+def _empty_bits(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tensor:
+    return torch.empty(len(sides) * packed_bytes(x.numel()), dtype=torch.uint8, device=x.device)
 
-    One after the other for each of `sides`, the first in the lowest bit: uint8 (len(sides) * ceil(numel / 8),).
+
+@registered("(Tensor x, str[] sides, float[] consts) -> Tensor", _empty_bits)
+def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tensor:
+    """Return, for a dense x in storage order, whether each element passes SIDES[side], for each of `sides`.
+
+    `consts` are the constants of the first side, then those of the next. One side after the other, the first element
+    in the lowest bit: uint8 (len(sides) * ceil(numel / 8),).
     """
-    each = packed_bytes(x.numel())
-    packed = torch.empty(len(sides) * each, dtype=torch.uint8, device=x.device)
-    tests = [_test_of(x.dtype, *side) for side in sides]
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    flat = in_storage_order(x) if sides else x
-    for piece, (start, stop) in pieces(x.numel() if sides else 0):
-        chunk = flat[start:stop].float() if half else flat[start:stop]
-        values = chunk.numpy() if x.device.type == "cpu" else chunk
+    packed = _empty_bits(x, sides, consts)
+    if not len(packed):
+        return packed
+    each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
+    flat = in_storage_order(x)
+    for piece, chunk in pieces(x.numel()):
+        values = _comparable(flat[chunk])
         with np.errstate(invalid="ignore"):  # a signalling NaN
-            for i, test in enumerate(tests):
-                write_bits(packed[i * each + piece.start : i * each + piece.stop], test(values))
+            for i, (test, own) in enumerate(tests):
+                write_bits(packed[i * each + piece.start : i * each + piece.stop], test(values, *own))
+        del values  # before the next chunk's
     return packed
+
+
+def _comparable(chunk: Tensor) -> Tensor | NDArray[Any]:
+    """Return a chunk in the arithmetic that kernels compare in, float32 for halves; a numpy array on CPU."""
+    if chunk.device.type != "cpu":
+        return chunk.float() if chunk.dtype in (torch.float16, torch.bfloat16) else chunk
+    if chunk.dtype is torch.bfloat16:  # numpy has none: it is the upper half of a float32
+        wide = chunk.view(torch.int16).numpy().astype(np.int32)
+        wide <<= 16
+        return wide.view(np.float32)
+    values: NDArray[Any] = chunk.numpy()
+    return values.astype(np.float32) if chunk.dtype is torch.float16 else values
 
 
 def run_on_side(
@@ -109,8 +135,8 @@ def run_on_side(
     if any(_order(*g) != _order(size, stride) for g in (*geometries, result[1:])):
         x = torch.empty_strided(tuple(size), tuple(stride), dtype=x_dtype, device=packed.device)
         flat = in_storage_order(x)
-        for piece, (start, stop) in pieces(x.numel()):
-            flat[start:stop] = stand_in.chunk(piece, stop - start)
+        for piece, chunk in pieces(x.numel()):
+            flat[chunk] = stand_in.chunk(piece, chunk.stop - chunk.start)
         whole: Tensor = _call(op, (*args[:at], x, *args[at + 1 :]), out)
         return whole
     if out is None:
@@ -118,29 +144,36 @@ def run_on_side(
         out = torch.empty_strided(*map(tuple, geometry), dtype=dtype, device=packed.device)
     flats = [in_storage_order(a) if isinstance(a, Tensor) and a.dim() else a for a in args]
     flat = in_storage_order(out)
-    for piece, (start, stop) in pieces(out.numel()):
-        chunk = [f[start:stop] if isinstance(f, Tensor) and f.dim() else f for f in flats]
-        chunk[at] = stand_in.chunk(piece, stop - start)
-        _call(op, tuple(chunk), flat[start:stop])
+    for piece, chunk in pieces(out.numel()):
+        given = [f[chunk] if isinstance(f, Tensor) and f.dim() else f for f in flats]
+        given[at] = stand_in.chunk(piece, chunk.stop - chunk.start)
+        _call(op, tuple(given), flat[chunk])
     return out
 
 
-def run_on_shape(op: torch._ops.OpOverload, args: tuple[Any, ...], at: int, like: Like, fill: bool) -> Any:
+def run_on_shape(
+    op: torch._ops.OpOverload, args: tuple[Any, ...], at: int, device: torch.device, like: Like, fill: bool
+) -> Any:
     """Return op(*args) for an argument `at` of the shape, strides and dtype `like` whose values the op does not read.
 
     With `fill` the result is like it, too, and is written to the very memory that lends its shape; else that memory
     is beside the result while the op runs.
     """
     dtype, size, stride = like
-    tensor = next(a for a in args if isinstance(a, Tensor))
-    lent = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=tensor.device)
+    lent = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=device)
     return _call(op, (*args[:at], lent, *args[at + 1 :]), lent if fill else None)
 
 
-def _test_of(dtype: torch.dtype, side: str, consts: Sequence[float]) -> Callable[[Any], Any]:
-    chosen = SIDES[side]
-    rounded = torch.tensor(consts, dtype=dtype).tolist() if chosen.rounded else consts
-    return lambda x: chosen.test(x, *rounded)
+def _tests(
+    dtype: torch.dtype, sides: Sequence[str], consts: Sequence[float]
+) -> list[tuple[Callable[..., Any], list[float]]]:
+    """Return the test of each side and its constants, as the kernels round them."""
+    left = list(consts)
+    tests = []
+    for side in (SIDES[name] for name in sides):
+        own, left = left[: side.consts], left[side.consts :]
+        tests.append((side.test, torch.tensor(own, dtype=dtype).tolist() if side.rounded else own))
+    return tests
 
 
 class _StandIn:
