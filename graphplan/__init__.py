@@ -14,6 +14,7 @@ from graphplan.errors import (
     UnsupportedModel,
 )
 from graphplan.measure import Measurement, measure
+from graphplan.noise import Noise, estimate_noise
 from graphplan.pareto import pareto
 from graphplan.plan import Decision, Plan
 from graphplan.planned import PlannedModule, apply, optimize
@@ -31,6 +32,7 @@ __all__ = [
     "GraphplanError",
     "InfeasibleBudget",
     "Measurement",
+    "Noise",
     "Plan",
     "PlanFormatError",
     "PlanMismatch",
@@ -39,6 +41,7 @@ __all__ = [
     "Report",
     "UnsupportedModel",
     "apply",
+    "estimate_noise",
     "measure",
     "optimize",
     "pareto",

@@ -12,6 +12,7 @@ from graphplan.errors import InfeasibleBudget, PlanMismatch
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instructions
 from graphplan.lower import values_of
+from graphplan.noise import PPB, Noise
 from graphplan.plan import Decision, Plan
 from graphplan.profile import Profile
 from graphplan.units import format_bytes
@@ -33,6 +34,7 @@ class Prepared:
     loss_measured: bool
     problem: Problem
     baseline_peak_bytes: int
+    noise: Noise | None = None  # of lossy codes, where any is allowed and it was estimated or given
 
 
 def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
@@ -68,6 +70,10 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         device=prepared.device.name,
         torch_version=torch.__version__,
         measured=prepared.profile.measured,
+        gradient_noise=problem.noise_limit_ppb / PPB,
+        noise=usage.noise_ppb / PPB,
+        noise_measured=None if usage.noise_ppb else 0.0,
+        noise_bias=None if usage.noise_ppb else 0.0,
     )
 
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import solvers
-from graphplan.capture import Capture, capture
+from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
-from graphplan.instructions import Codec, instructions_of
+from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import lower, outputs_bytes
+from graphplan.lower import lower, noise_ppb, outputs_bytes
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
+from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
+from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
 from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
+ANY_NOISE_PPB = 1 << 62
+TIGHTENINGS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class Options:
     device: Device | None
     loss_fn: Callable[..., Tensor] | None
     example_targets: Any
+    gradient_noise: float = 0.1
+    noise: Noise | None = None
     report: Report = quiet
 
     @property
@@ -59,6 +66,7 @@ def make_options(
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
     report: Report = quiet,
+    noise: Noise | None = None,
 ) -> Options:
     """Check what can be checked before the model is seen, and return it as Options.
 
@@ -74,12 +82,35 @@ def make_options(
         raise GraphplanError(f"gradient_noise {gradient_noise!r} must be between 0 and 1")
     if device is not None and not isinstance(device, Device):
         raise GraphplanError(f"device must be a graphplan.Device, got {type(device).__name__}")
-    chosen = choose_codecs(codecs)
-    return Options(budget, chosen, solver, float(time_limit), device, loss_fn, example_targets, report)
+    if noise is not None and not isinstance(noise, Noise):
+        raise GraphplanError(f"noise must be a graphplan.Noise, got {type(noise).__name__}; use Noise.load(path)")
+    return Options(
+        budget=budget,
+        codecs=choose_codecs(codecs),
+        solver=solver,
+        time_limit=float(time_limit),
+        device=device,
+        loss_fn=loss_fn,
+        example_targets=example_targets,
+        gradient_noise=float(gradient_noise),
+        noise=noise,
+        report=report,
+    )
 
 
-def prepare(captured: Capture, options: Options, device: Device, *, run: bool = True) -> Prepared:
+def prepare(
+    captured: Capture,
+    options: Options,
+    device: Device,
+    *,
+    run: bool = True,
+    batch: Batch | None = None,
+    known: Noise | None = None,
+) -> Prepared:
     """Profile a captured graph and state its Problem under the budget.
+
+    The noise of lossy codes is `options.noise`, or what is `known` of the same activations in another shape, or
+    estimated on `batch`; with none of these they are not used.
 
     Raises:
         BudgetError: the budget is malformed.
@@ -91,7 +122,10 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
     if options.loss_fn is not None:
         outside = loss_memory(captured, options.loss_fn, options.example_targets)
     targets = tensors_bytes(options.example_targets)
-    problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
+    noise = noise_of(captured, instructions, options, batch, known)
+    cap = options.gradient_noise if noise is not None else 0.0
+    held = outside.held_bytes + targets
+    problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
     baseline = simulate(problem.out_of_place(), problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
@@ -104,7 +138,20 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
         loss_measured=options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
+        noise=noise,
     )
+
+
+def noise_of(
+    captured: Capture, instructions: Instructions, options: Options, batch: Batch | None, known: Noise | None
+) -> Noise | None:
+    """Return the noise of the lossy codes that are offered, None when there are none or nothing is known."""
+    activations = {captured.graph.storages[e.of].name for e in instructions.encoded if e.lossy}
+    if options.noise is not None or batch is None or not activations:
+        return options.noise
+    if known is not None and known.rho.keys() == activations:
+        return known
+    return estimate(captured, instructions, batch, report=options.report)
 
 
 def find_least(prepared: Prepared, options: Options) -> Solution:
@@ -135,6 +182,44 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     return lift(prepared, solution, least.least_peak_bytes)
 
 
+def make_batch(model: nn.Module, tensors: Sequence[Tensor], options: Options) -> Batch:
+    """Return the example batch that noise is estimated and measured on."""
+    return Batch(model, tensors, options.loss_fn, options.example_targets)
+
+
+def check_noise(
+    captured: Capture, prepared: Prepared, plan: Plan, options: Options, batch: Batch
+) -> tuple[Prepared, Plan]:
+    """Measure the noise of a plan's codes all at once, and plan again with larger estimates while it breaks the cap.
+
+    A plan whose codes still do after TIGHTENINGS is answered without any.
+    """
+    for tries in range(TIGHTENINGS + 1):
+        if plan.noise == 0 or prepared.noise is None:
+            break
+        options.report("noise of the plan", 0, 1)
+        rewritten = rewrite(captured.graph, prepared.instructions, plan.steps)
+        joint = measure_noise(captured, rewritten, batch, prepared.noise.weights)
+        options.report("noise of the plan", 1, 1)
+        if joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT:
+            return prepared, replace(plan, noise_measured=joint.noise, noise_bias=joint.bias)
+        factor = max(2.0, joint.noise / plan.noise) if tries < TIGHTENINGS else math.inf
+        prepared = with_noise(prepared, prepared.noise.times(factor))
+        plan = make_plan(prepared, find_least(prepared, options), options)
+    return prepared, plan
+
+
+def with_noise(prepared: Prepared, noise: Noise) -> Prepared:
+    """Return the same with other estimates."""
+    graph, codes = prepared.graph, {e.id: e for e in prepared.instructions.encoded if e.lossy}
+    ops = list(prepared.problem.ops)
+    for i, item in enumerate(prepared.instructions.items):
+        for s in item.writes if item.kind == "encode" else ():
+            if s in codes:
+                ops[i] = replace(ops[i], noise_ppb=noise_ppb(graph, codes[s], noise))
+    return replace(prepared, problem=replace(prepared.problem, ops=tuple(ops)), noise=noise)
+
+
 def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
     """Rewrite the captured graph by `plan`, after checking that it is this graph's and fits.
 
@@ -143,7 +228,8 @@ def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
     """
     schedule = schedule_of(prepared, plan.steps)
     try:
-        usage = simulate(prepared.problem, schedule)
+        # Its noise was judged where it was estimated; here perhaps nothing is known of it.
+        usage = simulate(replace(prepared.problem, noise_limit_ppb=ANY_NOISE_PPB), schedule)
     except solvers.InvalidSchedule as e:
         raise PlanMismatch(f"the plan cannot run on graph {captured.graph.name}: {e}") from e
     if usage.peak_bytes > plan.budget_bytes:
@@ -190,8 +276,11 @@ def plan_model(
     captured = capture(model, args, kwargs)
     options.report("capture", 1, 1)
     device = options.device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, device, run=options.device is None)
-    return captured, prepared, make_plan(prepared, find_least(prepared, options), options)
+    batch = make_batch(model, flatten_call(args, kwargs or {})[1], options)
+    prepared = prepare(captured, options, device, run=options.device is None, batch=batch)
+    plan = make_plan(prepared, find_least(prepared, options), options)
+    prepared, plan = check_noise(captured, prepared, plan, options, batch)
+    return captured, prepared, plan
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 import solvers
-from graphplan.capture import capture
+from graphplan.capture import capture, flatten_call
 from graphplan.device import Device
 from graphplan.lift import lift
-from graphplan.optimize import device_of, find_least, make_options, prepare
+from graphplan.optimize import device_of, find_least, make_batch, make_options, prepare
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.tree import as_tuple
@@ -26,6 +26,7 @@ def pareto(
     *,
     points: int = 10,
     codecs: str | Iterable[str] = "exact",
+    gradient_noise: float = 0.1,
     solver: str = "auto",
     time_limit: float = 30.0,
     device: Device | None = None,
@@ -38,10 +39,11 @@ def pareto(
     Dominated plans are left out: each returned plan is cheaper than every plan before it. `time_limit` seconds
     are shared by all points, which `solve_family` answers together. Arguments as in `optimize`.
     """
-    options = make_options("100%", codecs, 0.1, solver, time_limit, device, loss_fn, example_targets, report)
+    options = make_options("100%", codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, report)
     captured = capture(model, as_tuple(example_inputs), example_kwargs)
     there = device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, there, run=device is None)
+    batch = make_batch(model, flatten_call(as_tuple(example_inputs), example_kwargs or {})[1], options)
+    prepared = prepare(captured, options, there, run=device is None, batch=batch)
     smallest = find_least(prepared, options)
     least, top = smallest.least_peak_bytes, prepared.baseline_peak_bytes
     assert least is not None

@@ -14,12 +14,15 @@ from graphplan.capture import Capture, call_key, capture, check_model, flatten_c
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared, schedule_of
+from graphplan.noise import Noise
 from graphplan.optimize import (
     Options,
     carry,
     check_fingerprint,
+    check_noise,
     device_of,
     find_least,
+    make_batch,
     make_options,
     make_plan,
     make_step,
@@ -104,7 +107,7 @@ class PlannedModule(nn.Module):
         """
         key = self._training_key(args, kwargs)
         with bars() as report, torch.enable_grad():
-            ground = self._ground(key, args, kwargs, replace(self._options, report=report))
+            ground = self._ground(key, args, kwargs, replace(self._options, report=report), estimate=False)
         check_fingerprint(plan, ground.captured.graph)
         self._latest = Entry(ground.prepared, plan, make_step(ground.captured, ground.prepared, plan))
         self._entries[key] = self._latest
@@ -202,11 +205,15 @@ class PlannedModule(nn.Module):
             if plan is None:
                 ground.least = ground.least or find_least(prepared, options)
                 plan = make_plan(prepared, ground.least, options, tuple(ground.schedules))
+                batch = make_batch(self._model, flatten_call(args, kwargs)[1], options)
+                prepared, plan = check_noise(ground.captured, prepared, plan, options, batch)
                 ground.schedules.append(schedule_of(prepared, plan.steps))
             return Entry(prepared, plan, make_step(ground.captured, prepared, plan))
 
-    def _ground(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> _Ground:
-        ground = self._grounds.get(key)
+    def _ground(
+        self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, *, estimate: bool = True
+    ) -> _Ground:
+        ground = self._grounds.get((key, estimate))
         if ground is not None:  # captured for another budget
             problem = ground.prepared.problem
             budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
@@ -214,9 +221,11 @@ class PlannedModule(nn.Module):
             return replace(ground, prepared=prepared)  # the list of schedules is shared
         captured = capture(self._model, args, kwargs)
         self._device = self._device or Device.this(device_of(self._model, captured))
-        prepared = prepare(captured, options, self._device, run=options.device is None)
-        self._grounds[key] = _Ground(captured, prepared)
-        return self._grounds[key]
+        batch = make_batch(self._model, flatten_call(args, kwargs)[1], options) if estimate else None
+        known = next((g.prepared.noise for g in self._grounds.values() if g.prepared.noise is not None), None)
+        prepared = prepare(captured, options, self._device, run=options.device is None, batch=batch, known=known)
+        self._grounds[key, estimate] = _Ground(captured, prepared)
+        return self._grounds[key, estimate]
 
 
 def optimize(
@@ -231,6 +240,7 @@ def optimize(
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
+    noise: Noise | None = None,
 ) -> PlannedModule:
     """Return `model` rewritten to train within `budget` bytes of tensor memory a step.
 
@@ -240,21 +250,27 @@ def optimize(
             parameters, buffers, inputs, gradients, activations, every op's workspace and the caller's loss.
         example_inputs: one training batch, as a tuple; None: plan at the first training call.
         example_kwargs: keyword arguments that go with `example_inputs`.
-        codecs: "none", "exact" (bit-identical gradients), or names from `graphplan.CODECS`.
-        gradient_noise: the cap on added gradient noise; only lossy codecs use it.
+        codecs: "none", "exact" (bit-identical gradients), "lossy" (rounded activations too, their noise estimated
+            on the example batch and measured for the plan), or names from `graphplan.CODECS`.
+        gradient_noise: the cap on what lossy codecs add to the gradient, as a share of the variance that it has
+            over batches: 0.1 costs about as much as a batch a tenth smaller.
         solver: a name from `solvers.SOLVERS`.
         time_limit: seconds for solving.
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
         example_targets: second argument of `loss_fn`, if it takes one.
+        noise: estimates made before (`graphplan.estimate_noise`); None estimates with this batch and `loss_fn`,
+            which takes the memory of all activations and their gradients once.
 
     Raises:
         BudgetError: the budget cannot be read.
         InfeasibleBudget: no plan fits; `.minimum_bytes` would.
         UnsupportedModel, CaptureError: the model cannot be trained or captured; the message says where.
     """
-    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets)
+    options = make_options(
+        budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, noise=noise
+    )
     planned = PlannedModule(model, options)
     if example_inputs is not None or example_kwargs is not None:
         planned.prepare(*as_tuple(example_inputs), **dict(example_kwargs or {}))

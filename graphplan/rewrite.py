@@ -17,18 +17,22 @@ from graphplan.in_place import written_over
 from graphplan.instructions import END, TURN, Instruction, Instructions
 from solvers import take_overs
 
+KEY = "step_key"
+
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
     """A planned step: the joint graph to read, and its two halves to run (boxed: they empty their argument list).
 
-    forward: primals -> forward outputs, then what it saves; backward: saved, then tangents -> gradients.
+    forward: primals (then the key, if `keyed`) -> forward outputs, then what it saves; backward: saved, then tangents
+    -> gradients.
     """
 
     joint: fx.GraphModule
     forward: fx.GraphModule
     backward: fx.GraphModule
     outputs: int  # how many of the forward half's results are the model's
+    keyed: bool = False  # the forward half takes the key of lossy encodes after the primals
 
 
 def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, in_place: bool = True) -> Rewritten:
@@ -65,7 +69,7 @@ def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, i
     writer.graph.lint()
     joint = fx.GraphModule(graph.module, writer.graph, f"{graph.name}Step")
     forward, backward = _halves(graph, joint, turn.name, len(results), writer.made_views)
-    return Rewritten(joint, forward, backward, len(results))
+    return Rewritten(joint, forward, backward, len(results), writer.key_node is not None)
 
 
 class _Writer:
@@ -80,6 +84,7 @@ class _Writer:
         self.views: dict[int, set[fx.Node]] = defaultdict(set)
         self.made_views: set[str] = set()
         self.encoded: dict[int, fx.Node] = {}
+        self.key_node: fx.Node | None = None
         self.used: set[str] = set()
         self.op_names = frozenset(op.name for op in graph.ops)
         for node in graph.module.graph.find_nodes(op="placeholder"):
@@ -121,8 +126,17 @@ class _Writer:
             raise PlanMismatch(f"step {self.step!r} reads an encoding that was not made")
         return self.encoded[storage]
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
-        return self._create("call_function", target, args, {}, name, None)
+    def call(
+        self, target: Callable[..., Any], args: tuple[Any, ...], name: str, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        return self._create("call_function", target, args, kwargs or {}, name, None)
+
+    def key(self) -> fx.Node:
+        if self.key_node is None:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.key_node = self._create("placeholder", KEY, (), {}, KEY, None)
+        return self.key_node
 
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         args = fx.map_arg(node.args, self.load)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from solvers.bounds import ANY_PLAN, cost_floor
-from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
+from solvers.evaluate import Fates, allowed, keep_everything, profiles, to_schedule
 from solvers.problem import Limits, Problem, Solution
 from solvers.search import Search
 from solvers.units import Int64, Units, build_units
@@ -81,7 +81,7 @@ def descend(search: Search, units: Units, start: Fates, budget: float, by_area: 
     while walk.area > 0 and search.left() > 0 and len(pool):
         costs, areas, peaks = walk.look(pool)
         score = (walk.area - areas) / np.maximum(costs - walk.cost, 1)
-        order = np.argsort(-score, kind="stable")
+        order = np.argsort(-score, kind="stable")[: max(1, np.isfinite(areas).sum())]
         if areas[order[0]] >= walk.area:
             if fresh:
                 break
@@ -108,13 +108,14 @@ class _Walk:
         self.search, self.units, self.budget = search, units, budget
         self.best, self.best_peak = fates, np.iinfo(np.int64).max
         self.fates, self.cost, self.area = fates, 0, 0.0
-        self._stand(fates)
+        self._stand(allowed(units, fates))
 
     def _stand(self, fates: Fates) -> None:
         now = profiles(self.units, fates[None, :])
         self.search.spend(evaluation(self.units, 1))
         self.fates, self.cost, self.area = fates, int(now.cost_ns[0]), float(now.excess(self.budget)[0])
-        self._remember(int(now.peak_bytes()[0]))
+        if not now.refused[0]:
+            self._remember(int(now.peak_bytes()[0]))
 
     def _remember(self, peak: int) -> None:
         if peak < self.best_peak:

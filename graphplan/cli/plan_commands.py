@@ -11,13 +11,13 @@ import typer
 from torch import nn
 
 import solvers
-from graphplan.capture import capture
+from graphplan.capture import capture, flatten_call
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, device_of, make_options, plan_model, prepare
+from graphplan.optimize import Options, device_of, make_batch, make_options, plan_model, prepare
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
 from graphplan.units import format_bytes, format_ns
@@ -218,7 +218,8 @@ def plan_parts(named: Named, options: Options) -> Prepared:
     captured = capture(named.module, named.inputs, None)
     options.report("capture", 1, 1)
     machine = options.device or Device.this(device_of(named.module, captured))
-    return prepare(captured, options, machine, run=options.device is None)
+    batch = make_batch(named.module, flatten_call(named.inputs, {})[1], options)
+    return prepare(captured, options, machine, run=options.device is None, batch=batch)
 
 
 def _row(prepared: Prepared, solution: Solution) -> Row:

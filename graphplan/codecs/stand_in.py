@@ -7,7 +7,7 @@ can be unpacked for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from graphplan.in_place import operands_of
 from graphplan.instructions import Emitter, Encoded, Instruction
 
 Side = tuple[str, tuple[float, ...]]  # a key of functions.SIDES and its constants
+Asked = tuple[GraphOp, Reads, Side | None]
 WHOLE: Side = ("true", ())  # all that a bool holds
 
 
@@ -52,9 +53,8 @@ class StandIn:
             val = node.meta["val"]
             if not self.of(val.dtype) or val.numel() < 8:
                 continue
-            found = [(op, _need(graph, op, node, storage)) for op in readers[storage]]
-            asked = [(op, *need) for op, need in found if need is not None]
-            sides = dict.fromkeys(side for _, _, side in asked if side is not None)
+            asked = undemanding(graph, node, storage, readers[storage])
+            sides = sides_of(asked)
             whole = val.dtype is torch.bool and functions.is_dense(val)
             if whole:
                 sides.setdefault(WHOLE)
@@ -64,18 +64,42 @@ class StandIn:
             name = f"{node.name}__{'mask' if sides else 'shape'}"
             new = packed(first_id + len(encoded), name, nbytes, storage, self.name)
             encoded.append(new)
-            consts = [c for _, own in sides for c in own]
-            made.append(encode(node, storage, new, functions.pack_sides, ([side for side, _ in sides], consts)))
+            made.append(encode(node, storage, new, functions.pack_sides, packing(sides)))
             if whole:
                 geometry = (tuple(val.shape), tuple(val.stride()))
                 made.append(decode(node, storage, new, "unpack", functions.unpack_bits, geometry))
-            for op, reads, side in asked:
-                if side is None:
-                    made.append(_from_shape(graph, op, storage, reads, new))
-                else:
-                    part = list(sides).index(side)
-                    made.append(_from_mask(graph, op, storage, reads, new, part, side, operands.get(op.id)))
+            made.extend(run_from(graph, storage, asked, new, operands, "from"))
         return encoded, made
+
+
+def undemanding(graph: Graph, node: fx.Node, storage: int, readers: Iterable[GraphOp]) -> list[Asked]:
+    """Return the backward readers of the activation `node` that need no values of it, and what they need."""
+    found = [(op, _need(graph, op, node, storage)) for op in readers]
+    return [(op, *need) for op, need in found if need is not None]
+
+
+def sides_of(asked: Iterable[Asked]) -> dict[Side, None]:
+    """Return the sides that readers ask for, each once, in the order of their bits."""
+    return dict.fromkeys(side for _, _, side in asked if side is not None)
+
+
+def packing(sides: Iterable[Side]) -> tuple[list[str], list[float]]:
+    """Return what `functions.pack_sides` takes beside the activation."""
+    return [side for side, _ in sides], [c for _, own in sides for c in own]
+
+
+def run_from(
+    graph: Graph, storage: int, asked: list[Asked], new: Encoded, operands: dict[int, int], prefix: str
+) -> list[Instruction]:
+    """Return the instructions that run undemanding readers from `new`, the bits of the sides that they ask for."""
+    made, sides = [], list(sides_of(asked))
+    for op, reads, side in asked:
+        if side is None:
+            made.append(_from_shape(graph, op, storage, reads, new, f"{prefix}_shape"))
+        else:
+            at = sides.index(side), side
+            made.append(_from_mask(graph, op, storage, reads, new, at, operands.get(op.id), f"{prefix}_mask"))
+    return made
 
 
 def _need(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> tuple[Reads, Side | None] | None:
@@ -104,7 +128,7 @@ def _elementwise_in(graph: Graph, op: GraphOp, arg: Any, node: fx.Node, others: 
     return same and result.shape == b.shape and all(s in (b.shape, ()) for s in shapes)
 
 
-def _from_shape(graph: Graph, op: GraphOp, storage: int, reads: Reads, new: Encoded) -> Instruction:
+def _from_shape(graph: Graph, op: GraphOp, storage: int, reads: Reads, new: Encoded, suffix: str) -> Instruction:
     like = _like(op.node.args[reads.argument])
     fill = isinstance(op.node.meta["val"], torch.Tensor) and _like(op.node) == like
 
@@ -112,7 +136,7 @@ def _from_shape(graph: Graph, op: GraphOp, storage: int, reads: Reads, new: Enco
         form = functions.from_shape(target_of(op.node), reads.argument)
         return form, (out.load_encoded(new.id), *like, fill, *_others(op, reads, out))
 
-    return instead(graph, op, storage, new, "from_shape", call)
+    return instead(graph, op, storage, new, suffix, call)
 
 
 def _from_mask(
@@ -121,10 +145,11 @@ def _from_mask(
     storage: int,
     reads: Reads,
     new: Encoded,
-    part: int,
-    side: Side,
+    at: tuple[int, Side],
     operand: int | None,
+    suffix: str,
 ) -> Instruction:
+    part, side = at
     over = [i for i, a in enumerate(op.node.args) if isinstance(a, fx.Node) and operand in graph.storages_of[a.name]]
     values = list(functions.SIDES[side[0]].values(*side[1]))
     dtype, _, stride = _like(op.node)
@@ -134,7 +159,7 @@ def _from_mask(
         form = functions.from_sides(target_of(op.node), reads.argument, over[0] if out.takes_over else None)
         return form, (out.load_encoded(new.id), part, values, *like, dtype, stride, *_others(op, reads, out))
 
-    return instead(graph, op, storage, new, "from_mask", call, operand if over else None)
+    return instead(graph, op, storage, new, suffix, call, operand if over else None)
 
 
 def _like(node: Any) -> functions.Like:

@@ -11,25 +11,31 @@ from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
 from graphplan.functions.derived import from_shape, from_sides
+from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
 from graphplan.functions.register import registered
 from graphplan.functions.stand_in import SIDES, Like, pack_sides
 
 __all__ = [
     "CHUNK",
+    "HALF",
     "SIDES",
     "Like",
     "Pooling",
+    "dequantise",
     "dropout_from_mask",
     "from_shape",
     "from_sides",
     "is_dense",
+    "mix",
     "narrow_integers",
     "pack_pool_indices",
     "pack_sides",
     "packed_bytes",
     "pool_code_bits",
     "pool_code_bytes",
+    "quantise",
+    "quantised_bytes",
     "unpack_bits",
     "unpack_pool_indices",
     "widen_integers",
