@@ -20,6 +20,7 @@ from solvers import (
     simulate,
     solve,
 )
+from solvers.bounds import ANY_PLAN
 from solvers.evaluate import CLASH_NS, allowed, exact, profiles
 from solvers.oracle import oracle_least_peak
 from solvers.units import build_units
@@ -69,7 +70,8 @@ def test_exact_solvers_reach_brute_force(block: int) -> None:
             if costs and answer.schedule is not None:
                 assert simulate(problem, answer.schedule).cost_ns == min(costs), seed
                 chosen += noise_of(problem, answer.schedule) > 0
-            assert (answer.schedule is None) == (not costs), seed
+            again = answer.bound_class == ANY_PLAN  # auto may recompute a value twice where nothing else fits
+            assert (answer.schedule is None) == (not costs) or (again and name == "auto" and not costs), seed
         tried += 1
     assert tried >= 20
     assert chosen >= 2
