@@ -11,12 +11,15 @@ from graphplan.errors import (
     PlanFormatError,
     PlanMismatch,
     PromiseBroken,
+    StepFailed,
     UnsupportedModel,
+    UnsupportedOptimizer,
 )
 from graphplan.measure import Measurement, measure
 from graphplan.pareto import pareto
 from graphplan.plan import Decision, Plan
 from graphplan.planned import PlannedModule, apply, optimize
+from graphplan.step import TrainStep, train_step
 from graphplan.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -37,10 +40,14 @@ __all__ = [
     "PlannedModule",
     "PromiseBroken",
     "Report",
+    "StepFailed",
+    "TrainStep",
     "UnsupportedModel",
+    "UnsupportedOptimizer",
     "apply",
     "measure",
     "optimize",
     "pareto",
+    "train_step",
     "verify",
 ]

@@ -22,8 +22,6 @@ from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_by
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
-from graphplan.rewrite import rewrite
-from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
 from solvers import Limits, Schedule, Solution, simulate
 
@@ -42,6 +40,7 @@ class Options:
     loss_fn: Callable[..., Tensor] | None
     example_targets: Any
     report: Report = quiet
+    whole_step: bool = False  # the loss and the update are in the graph: the caller does nothing between
 
     @property
     def codec_names(self) -> tuple[str, ...]:
@@ -87,10 +86,8 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
     graph = captured.graph
     instructions = instructions_of(graph, options.codecs)
     costs = profile(graph, instructions, device, run=run, progress=options.report)
-    outside = LossMemory(3 * outputs_bytes(graph), SCALARS_BYTES)
-    if options.loss_fn is not None:
-        outside = loss_memory(captured, options.loss_fn, options.example_targets)
-    targets = tensors_bytes(options.example_targets)
+    outside = _outside(captured, options)
+    targets = 0 if options.whole_step else tensors_bytes(options.example_targets)
     problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
     baseline = simulate(problem.out_of_place(), problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
@@ -101,10 +98,19 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
         device=device,
         codecs=options.codec_names,
         outside_bytes=outside.peak_bytes,
-        loss_measured=options.loss_fn is not None,
+        loss_measured=options.whole_step or options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
     )
+
+
+def _outside(captured: Capture, options: Options) -> LossMemory:
+    """Return what the caller's loss holds."""
+    if options.whole_step:
+        return LossMemory(0, 0)
+    if options.loss_fn is not None:
+        return loss_memory(captured, options.loss_fn, options.example_targets)
+    return LossMemory(3 * outputs_bytes(captured.graph), SCALARS_BYTES)
 
 
 def find_least(prepared: Prepared, options: Options) -> Solution:
@@ -135,8 +141,8 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     return lift(prepared, solution, least.least_peak_bytes)
 
 
-def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
-    """Rewrite the captured graph by `plan`, after checking that it is this graph's and fits.
+def check_plan(captured: Capture, prepared: Prepared, plan: Plan) -> None:
+    """Check that `plan` can run on the captured graph and fits its budget here.
 
     Raises:
         PlanMismatch: another graph, an unknown op, an order that cannot run, or a peak above the budget.
@@ -148,7 +154,6 @@ def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
         raise PlanMismatch(f"the plan cannot run on graph {captured.graph.name}: {e}") from e
     if usage.peak_bytes > plan.budget_bytes:
         raise PlanMismatch(f"the plan needs {usage.peak_bytes} bytes here; its budget is {plan.budget_bytes}")
-    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
 
 
 def check_fingerprint(plan: Plan, graph: Graph) -> None:

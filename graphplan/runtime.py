@@ -35,9 +35,9 @@ class Step:
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Return what the model returns for input `tensors`, ready for one backward."""
         graph = self.capture.graph
-        primals = [_bind(p, model, tensors) for p in graph.primals]
+        primals = [bind(p, model, tensors) for p in graph.primals]
         fresh = _Planned.apply(self, *primals)  # type: ignore[no-untyped-call]
-        return self.capture.outputs.fill([_output(o, fresh, primals) for o in graph.outputs])
+        return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
 
 
 class _Planned(torch.autograd.Function):
@@ -90,7 +90,8 @@ def _like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+def bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensor that stands for a graph input in this call."""
     if primal.index >= 0:
         return tensors[primal.index]
     value = primal.value if primal.value is not None else resolve(model, primal.path)
@@ -99,7 +100,8 @@ def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor
     return value
 
 
-def _output(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
+def output_of(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
+    """Return one tensor that the model returns, from the forward half's results `fresh` and its inputs."""
     base = fresh[output.index] if output.source == "forward" else primals[output.index]
     if output.detached and base.requires_grad:
         base = base.detach()
