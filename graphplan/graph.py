@@ -127,8 +127,14 @@ class Graph:
         return frozenset(s for n in results for s in self.storages_of[n])
 
     @property
+    def update(self) -> str:
+        """The name of the function that updates parameters inside the step; empty where the caller does it."""
+        targets = (op.node.target for op in self.ops if "graphplan_update" in op.node.meta)
+        return str(getattr(next(targets, None), "__name__", ""))
+
+    @property
     def fixed_bytes(self) -> int:
-        """Bytes of parameters, buffers, inputs and constants."""
+        """Bytes of parameters, buffers, inputs, constants and the optimizer's state."""
         return sum(s.nbytes for s in self.storages if s.kind.fixed)
 
     def to_networkx(self) -> nx.DiGraph:

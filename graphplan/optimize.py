@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import solvers
-from graphplan.capture import Capture, capture
+from graphplan.capture import Capture
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
@@ -187,16 +187,19 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
     return lift(prepared, solution, plan.minimum_peak_bytes)
 
 
-def plan_model(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options
-) -> tuple[Capture, Prepared, Plan]:
-    """Capture, profile and plan `model` without building the program: what the CLI and tools want."""
+def plan_model(model: nn.Module, captures: Callable[[], Capture], options: Options) -> tuple[Prepared, Plan]:
+    """Profile and plan what `captures` gives without building the program: what the CLI and tools want."""
+    prepared = prepare_model(model, captures, options)
+    return prepared, make_plan(prepared, find_least(prepared, options), options)
+
+
+def prepare_model(model: nn.Module, captures: Callable[[], Capture], options: Options) -> Prepared:
+    """Capture and profile without solving."""
     options.report("capture", 0, 1)
-    captured = capture(model, args, kwargs)
+    captured = captures()
     options.report("capture", 1, 1)
     device = options.device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, device, run=options.device is None)
-    return captured, prepared, make_plan(prepared, find_least(prepared, options), options)
+    return prepare(captured, options, device, run=options.device is None)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

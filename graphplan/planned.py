@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
 from graphplan.device import Device
-from graphplan.errors import GraphplanError
+from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.lift import Prepared
 from graphplan.optimize import Options, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner, state_key
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.step import TrainStep, apply_step
 from graphplan.tree import as_tuple
 from graphplan.units import check_budget
 
@@ -186,6 +188,7 @@ def optimize(
     return planned
 
 
+@overload
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -194,10 +197,41 @@ def apply(
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
     device: Device | None = None,
-) -> PlannedModule:
+    optimizer: None = None,
+) -> PlannedModule: ...
+
+
+@overload
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    example_kwargs: None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    device: Device | None = None,
+    *,
+    optimizer: Optimizer,
+    **step_options: Any,
+) -> TrainStep: ...
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    device: Device | None = None,
+    optimizer: Optimizer | None = None,
+    **step_options: Any,
+) -> PlannedModule | TrainStep:
     """Return `model` executing a plan that was made elsewhere for the same graph: no solving here.
 
-    Each op's workspace is measured on this machine, or taken from a saved `device`.
+    Each op's workspace is measured on this machine, or taken from a saved `device`. A plan of `train_step` needs
+    its `loss_fn` and an `optimizer` like the one that it was made for, and gives a TrainStep; `step_options` are then
+    `keep_grads`, `clip_value` and `clip_norm`, as there.
 
     Raises:
         PlanMismatch: the plan is for another graph, names an op that this one lacks, or does not fit its own
@@ -205,6 +239,13 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
+    if plan.update and (optimizer is None or loss_fn is None):
+        raise PlanMismatch(f"the plan is of a whole step with {plan.update}: pass loss_fn= and optimizer=")
+    if optimizer is not None and not plan.update:
+        raise PlanMismatch("the plan is of forward and backward only: leave optimizer= away, or plan with train_step")
+    if optimizer is not None and loss_fn is not None:
+        inputs = example_inputs if example_kwargs is None else dict(example_kwargs)
+        return apply_step(model, loss_fn, optimizer, plan, inputs, example_targets, device=device, **step_options)
     options = make_options(
         plan.budget_bytes, plan.codecs or "none", device=device, loss_fn=loss_fn, example_targets=example_targets
     )

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphplan.capture import capture
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
@@ -99,7 +100,7 @@ def plan(request: Request) -> dict[str, Any]:
         time_limit=request.time_limit,
         report=_progress,
     )
-    _, prepared, made = plan_model(model, (images,), None, options)
+    prepared, made = plan_model(model, lambda: capture(model, (images,)), options)
     made.save(Path(request.out, "plan.json"))
     prepared.device.save(Path(request.out, "device.json"))
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class Clip:
         if value is not None and norm is not None:
             raise GraphplanError("give clip_value or clip_norm, not both")
         return Clip(value, norm)
+
+    def apply(self, parameters: Iterable[Tensor]) -> None:
+        """Clip the gradients of `parameters` in place, as a plain loop does."""
+        if self.value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, self.value)
+        elif self.norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.norm)
 
 
 def clip_gradients(

@@ -17,6 +17,7 @@ from graphplan.measure import with_targets
 from graphplan.optimize import Options, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner, state_key
+from graphplan.rewrite import rewrite_whole
 from graphplan.step.clip import Clip
 from graphplan.step.extend import Extension, check_loss
 from graphplan.step.optimizer import Slots, check_hooks, kept_parameters
@@ -73,6 +74,26 @@ class TrainStep(WholeStep):
         """
         self._planner.adopt(plan, *self._call(inputs, targets)[:2])
 
+    def run_plain(self, inputs: Any, targets: Any = None) -> Tensor:
+        """Do the same by PyTorch's own means, unplanned: what `verify` compares with."""
+        args, kwargs = call_arguments(inputs, targets)
+        self.optimizer.zero_grad()
+        loss: Tensor = _WithLoss(self.model, self._loss_fn)(*args, **kwargs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._clip.apply(p for g in self.optimizer.param_groups for p in g["params"])
+        self.optimizer.step()
+        return loss.detach()
+
+    def run_unplanned(self, inputs: Any, targets: Any = None) -> Tensor:
+        """Run the captured graph with every op once and none in place: what `verify` demands the bits of."""
+        self.prepare(inputs, targets)
+        entry = self.entry()
+        names = [entry.prepared.instructions.items[i].name for i in entry.prepared.instructions.program]
+        captured = entry.step.capture
+        module = rewrite_whole(captured.graph, entry.prepared.instructions, names, in_place=False)
+        program = WholeProgram.running(captured, module)
+        return program.run(self.model, self.slots(), self._call(inputs, targets)[2])
+
     def at_budget(self, budget: int | str) -> TrainStep:
         """Return the same step planned for another budget, from what is already captured and measured."""
         check_budget(budget)
@@ -101,6 +122,15 @@ class TrainStep(WholeStep):
     def entry(self) -> Entry[WholeProgram]:
         """Return the latest plan with what it was made from and the program that runs it."""
         return self._planner.present()
+
+    @property
+    def options(self) -> Options:
+        """What was asked for, as the planning stages take it."""
+        return self._options
+
+    def captured(self, inputs: Any, targets: Any = None) -> Capture:
+        """Capture the step for batches like this one; nothing is planned or run."""
+        return self._call(inputs, targets)[1]()
 
     def slots(self) -> Slots:
         """Return the optimizer's groups as they are now."""
