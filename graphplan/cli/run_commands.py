@@ -206,6 +206,7 @@ def _run_tables(model: str, trained: Trained, plan: Plan) -> list[Any]:
     ratio = ours.peak_bytes / max(1, plan.peak_bytes)
     figures.add_row("predicted peak", format_bytes(plan.peak_bytes), f"measured / predicted {ratio:.4f}", "")
     plain = format_ns(eager.step_ns) if eager else "not measured"
+    plain += " without its update" if eager and plan.update else ""
     figures.add_row(
         "whole step" if plan.update else "forward + backward",
         format_ns(ours.step_ns),
