@@ -215,7 +215,7 @@ def test_autocast_keeps_float32_parameters() -> None:
             assert torch.equal(ours, plain(other, its, (X,), Y))
     same(model, optimizer, other, its)
     assert model[0].weight.dtype is torch.float32
-    assert any("bfloat16" in str(n.args) for n in step.graph_module.graph.nodes)
+    assert any("bfloat16" in str(n.kwargs) for n in step.graph_module.graph.nodes)
     with pytest.raises(graphplan.GraphplanError, match="GradScaler"), torch.autocast("cpu", torch.float16):
         step(X, Y)
 
