@@ -105,7 +105,8 @@ def _make_ops(
         written.update(writes)
         reads = tuple(dict.fromkeys(s for a in node.all_input_nodes for s in storages_of[a.name]))
         random = is_random(node)
-        pure = schema is not None and not random and not in_place and mutated.isdisjoint(reads)
+        known = schema is not None or "graphplan_pure" in node.meta
+        pure = known and not random and not in_place and mutated.isdisjoint(reads)
         ops.append(GraphOp(len(ops), node, node.name, str(node.target), reads, writes, node in backward, random, pure))
     return tuple(ops)
 

@@ -120,6 +120,12 @@ class Interface:
         self.mutations = [(new[i], n) for i, n in self.mutations]
         self.outputs = [replace(o, index=new[o.index]) if o.source == "primal" else o for o in self.outputs]
 
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old` among the results."""
+        self.gradients = [new if n is old else n for n in self.gradients]
+        self.forward_outputs = [new if n is old else n for n in self.forward_outputs]
+        self.mutations = [(i, new if n is old else n) for i, n in self.mutations]
+
     def rename(self) -> None:
         """Give graph inputs the names that a person knows them by."""
         for primal, node in self.primals:

@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 from graphplan.errors import CaptureError
 from graphplan.graph import Primal, StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
+from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
+from graphplan.step.slicing import slice_backward
 
 aten = torch.ops.aten
 
@@ -25,10 +27,14 @@ class Extension:
     slots: Slots
     kept: frozenset[int]  # ids of the parameters whose gradients the step returns
     clip: Clip
+    exact: bool = True  # only rewrites that keep every bit
 
     def __call__(self, graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
         """Give the loss's gradient its value, drop gradients that nobody wants, add the updates."""
         _start_backward(graph, interface, backward)
+        if not self.exact:
+            chunk_loss(graph, interface, backward)
+        slice_backward(graph, backward, self.exact)
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):
             param = resolve(self.model, primal.path) if primal.kind is StorageKind.PARAMETER else None
