@@ -57,8 +57,7 @@ def noisy(model: nn.Module, x: Tensor, loss: dict[str, Any], codecs: Any = "loss
     """Return the model under a plan with lossy codes: on a device whose ops are dear beside its codes."""
     device = graphplan.optimize(model, "100%", (x,), codecs=codecs, time_limit=3, **loss).device_profile
     for key, sample in device.samples.items():
-        if sample.target.startswith("aten."):
-            device.samples[key] = replace(sample, cost_ns=1000 * sample.cost_ns)
+        device.samples[key] = replace(sample, cost_ns=10**6 if sample.target.startswith("aten.") else 1)
     planned = graphplan.optimize(model, "75%", (x,), codecs=codecs, time_limit=3, device=device, **loss)
     assert planned.plan.noise > 0
     return planned
