@@ -130,7 +130,7 @@ class Graph:
     def update(self) -> str:
         """The name of the function that updates parameters inside the step; empty where the caller does it."""
         targets = (op.node.target for op in self.ops if "graphplan_update" in op.node.meta)
-        return str(getattr(next(targets, None), "__name__", ""))
+        return str(getattr(next(targets, None), "__name__", "")).removesuffix("_of_product")
 
     @property
     def fixed_bytes(self) -> int:

@@ -101,6 +101,7 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
         loss_measured=options.whole_step or options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
+        baseline_cost_ns=problem.program_cost_ns(),
     )
 
 
@@ -185,21 +186,6 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
         any_bound_ns=prepared.problem.program_cost_ns(),
     )
     return lift(prepared, solution, plan.minimum_peak_bytes)
-
-
-def plan_model(model: nn.Module, captures: Callable[[], Capture], options: Options) -> tuple[Prepared, Plan]:
-    """Profile and plan what `captures` gives without building the program: what the CLI and tools want."""
-    prepared = prepare_model(model, captures, options)
-    return prepared, make_plan(prepared, find_least(prepared, options), options)
-
-
-def prepare_model(model: nn.Module, captures: Callable[[], Capture], options: Options) -> Prepared:
-    """Capture and profile without solving."""
-    options.report("capture", 0, 1)
-    captured = captures()
-    options.report("capture", 1, 1)
-    device = options.device or Device.this(device_of(model, captured))
-    return prepare(captured, options, device, run=options.device is None)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

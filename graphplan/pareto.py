@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import solvers
 from graphplan.capture import capture
+from graphplan.choices import Captures, candidates_of, frontier
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.lift import lift
-from graphplan.optimize import device_of, find_least, make_options, prepare
+from graphplan.optimize import make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.step import TrainStep
 from graphplan.tree import as_tuple
-from solvers import Limits
 
 
 def pareto(
@@ -45,35 +42,12 @@ def pareto(
     """
     options = make_options("100%", codecs, 0.1, solver, time_limit, device, loss_fn, example_targets, report)
     if optimizer is None:
-        captured = capture(model, as_tuple(example_inputs), example_kwargs)
+        captures: Captures = lambda: (capture(model, as_tuple(example_inputs), example_kwargs),)  # noqa: E731
     elif loss_fn is None:
         raise GraphplanError("an optimizer makes whole steps, which need loss_fn")
     else:
         step = TrainStep(model, loss_fn, optimizer, options)
         options = step.options
-        captured = step.captured(dict(example_kwargs) if example_kwargs else example_inputs, example_targets)
-    there = device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, there, run=device is None)
-    smallest = find_least(prepared, options)
-    least, top = smallest.least_peak_bytes, prepared.baseline_peak_bytes
-    assert least is not None
-    assert smallest.schedule is not None
-    steps = max(1, points - 1)
-    budgets = sorted({least + (top - least) * i // steps for i in range(max(1, points))} | {top})
-    problem = prepared.problem
-    limits = Limits(seconds=time_limit, known=(smallest.schedule,))
-    report("solving", 0, 1)
-    if solver == "auto":
-        found = solvers.solve_family(problem, budgets, limits)
-    else:
-        share = replace(limits, seconds=time_limit / len(budgets))
-        found = tuple(solvers.solve(problem.with_budget(b), solver, share) for b in budgets)
-    report("solving", 1, 1)
-    plans: list[Plan] = []
-    for budget, solution in zip(budgets, found, strict=True):
-        if solution.schedule is None:
-            continue
-        plan = lift(replace(prepared, problem=problem.with_budget(budget)), solution, least)
-        if not plans or plan.cost_ns < plans[-1].cost_ns:
-            plans.append(plan)
-    return tuple(plans)
+        inputs = dict(example_kwargs) if example_kwargs else example_inputs
+        captures = lambda: step.captured(inputs, example_targets)  # noqa: E731
+    return frontier(candidates_of(model, captures, options), options, points)

@@ -51,11 +51,11 @@ class PlannedModule(nn.Module):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
         key = (call_key(template, tensors), state_key(self))
-        return self._planner.entry(key, lambda: capture(model, args, kwargs)).step.run(model, tensors)
+        return self._planner.entry(key, lambda: (capture(model, args, kwargs),)).step.run(model, tensors)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
-        return self._planner.entry(self._training_key(args, kwargs), lambda: capture(self._model, args, kwargs)).plan
+        return self._planner.entry(self._training_key(args, kwargs), lambda: (capture(self._model, args, kwargs),)).plan
 
     def adopt(self, plan: Plan, *args: Any, **kwargs: Any) -> None:
         """Execute `plan`, made elsewhere, for inputs like these; nothing is solved.
@@ -63,7 +63,7 @@ class PlannedModule(nn.Module):
         Raises:
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
-        self._planner.adopt(plan, self._training_key(args, kwargs), lambda: capture(self._model, args, kwargs))
+        self._planner.adopt(plan, self._training_key(args, kwargs), lambda: (capture(self._model, args, kwargs),))
 
     def at_budget(self, budget: int | str) -> PlannedModule:
         """Return the same model planned for another budget, from what is already captured and measured."""

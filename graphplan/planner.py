@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from graphplan.capture import Capture
+from graphplan.choices import Candidate, Captures, at_budget, choose, find_leasts, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.lift import Prepared, schedule_of
-from graphplan.optimize import (
-    Options,
-    carry,
-    check_fingerprint,
-    check_plan,
-    device_of,
-    find_least,
-    make_plan,
-    prepare,
-)
+from graphplan.lift import Prepared
+from graphplan.optimize import Options, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
 from graphplan.progress import bars
-from graphplan.units import parse_budget
-from solvers import Schedule, Solution
 
 P = TypeVar("P")
-Captures = Callable[[], Capture]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +30,6 @@ class Entry(Generic[P]):
     step: P
 
 
-@dataclass(slots=True)
-class _Ground:
-    """What planning one graph needs, whatever the budget."""
-
-    captured: Capture
-    prepared: Prepared
-    least: Solution | None = None
-    schedules: list[Schedule] = field(default_factory=list)  # of plans made so far, at any budget
-
-
 class Planner(Generic[P]):
     """Keeps captured graphs and their plans by key; `build(captured, prepared, plan)` makes the program."""
 
@@ -60,7 +39,7 @@ class Planner(Generic[P]):
         self.device: Device | None = options.device
         self.entries: dict[Hashable, Entry[P]] = {}
         self.latest: Entry[P] | None = None
-        self._grounds: dict[Hashable, _Ground] = {}
+        self._grounds: dict[Hashable, tuple[Candidate, ...]] = {}
 
     def entry(self, key: Hashable, captures: Captures) -> Entry[P]:
         """Return the entry for `key`, planned now if it is new."""
@@ -76,9 +55,10 @@ class Planner(Generic[P]):
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
         with bars() as report, torch.enable_grad():
-            ground = self._ground(key, captures, replace(self.options, report=report))
-        check_fingerprint(plan, ground.captured.graph)
-        self.latest = self._entry(ground, plan)
+            candidates = self._candidates(key, captures, replace(self.options, report=report))
+        mine = next((c for c in candidates if c.captured.graph.fingerprint == plan.fingerprint), candidates[0])
+        check_fingerprint(plan, mine.captured.graph)
+        self.latest = self._entry(mine, plan)
         self.entries[key] = self.latest
 
     def present(self) -> Entry[P]:
@@ -113,31 +93,28 @@ class Planner(Generic[P]):
     def _make(self, key: Hashable, captures: Captures) -> Entry[P]:
         with bars() as report, torch.enable_grad():
             options = replace(self.options, report=report)
-            ground = self._ground(key, captures, options)
-            known = self.latest.plan if self.latest is not None else None
-            plan = carry(known, ground.prepared, options) if known is not None else None
-            if plan is None:
-                ground.least = ground.least or find_least(ground.prepared, options)
-                plan = make_plan(ground.prepared, ground.least, options, tuple(ground.schedules))
-                ground.schedules.append(schedule_of(ground.prepared, plan.steps))
-            return self._entry(ground, plan)
+            candidates = self._candidates(key, captures, options)
+            if self.latest is not None:
+                for candidate in candidates:
+                    plan = carry(self.latest.plan, candidate.prepared, options)
+                    if plan is not None:
+                        return self._entry(candidate, plan)
+            return self._entry(*choose(candidates, options))
 
-    def _entry(self, ground: _Ground, plan: Plan) -> Entry[P]:
-        check_plan(ground.captured, ground.prepared, plan)
-        return Entry(ground.prepared, plan, self.build(ground.captured, ground.prepared, plan))
+    def _entry(self, candidate: Candidate, plan: Plan) -> Entry[P]:
+        check_plan(candidate.captured, candidate.prepared, plan)
+        return Entry(candidate.prepared, plan, self.build(candidate.captured, candidate.prepared, plan))
 
-    def _ground(self, key: Hashable, captures: Captures, options: Options) -> _Ground:
-        ground = self._grounds.get(key)
-        if ground is not None:  # captured for another budget
-            problem = ground.prepared.problem
-            budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
-            prepared = replace(ground.prepared, problem=problem.with_budget(budget))
-            return replace(ground, prepared=prepared)  # the list of schedules is shared
-        captured = captures()
-        self.device = self.device or Device.this(device_of(self.model, captured))
-        prepared = prepare(captured, options, self.device, run=options.device is None)
-        self._grounds[key] = _Ground(captured, prepared)
-        return self._grounds[key]
+    def _candidates(self, key: Hashable, captures: Captures, options: Options) -> tuple[Candidate, ...]:
+        found = self._grounds.get(key)
+        if found is None:
+            captured = captures()
+            self.device = self.device or Device.this(device_of(self.model, captured[0]))
+            found = self._grounds[key] = prepare_candidates(captured, options, self.device)
+        else:  # captured for another budget
+            find_leasts(found, options)
+            found = at_budget(found, options)
+        return found
 
 
 def state_key(model: nn.Module) -> Hashable:

@@ -12,13 +12,14 @@ from torch import nn
 
 import solvers
 from graphplan.capture import Capture, capture
+from graphplan.choices import candidates_of, plan_model
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
 from graphplan.cli.optimizers import StepName, check_step, loss_of, optimizer_of
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, make_options, plan_model, prepare_model
+from graphplan.optimize import Options, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
 from graphplan.step import TrainStep
@@ -197,10 +198,10 @@ def check_folder(out: Path | None) -> None:
         raise BadInput(f"--out {str(out)!r}: no folder {str(out.parent)!r}, or it names a folder itself")
 
 
-def captured(named: Named, step: str | None, options: Options) -> Capture:
+def captured(named: Named, step: str | None, options: Options) -> tuple[Capture, ...]:
     """Capture the model's forward and backward, or its whole step with a new optimizer."""
     if step is None:
-        return capture(named.module, named.inputs, None)
+        return (capture(named.module, named.inputs, None),)
     return TrainStep(named.module, loss_of(named), optimizer_of(step, named), options).captured(
         named.inputs, named.targets
     )
@@ -212,7 +213,7 @@ def compare(named: Named, options: Options, step: str | None = None) -> tuple[Pr
     Raises:
         InfeasibleBudget: no solver found a plan.
     """
-    prepared = prepare_model(named.module, lambda: captured(named, step, options), options)
+    prepared = candidates_of(named.module, lambda: captured(named, step, options), options)[0].prepared
     limits = Limits(seconds=options.time_limit)
     rows: list[Row] = []
     for name in solvers.SOLVERS:

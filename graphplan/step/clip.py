@@ -35,6 +35,11 @@ class Clip:
             raise GraphplanError("give clip_value or clip_norm, not both")
         return Clip(value, norm)
 
+    @property
+    def on(self) -> bool:
+        """Whether gradients are clipped at all."""
+        return self.value is not None or self.norm is not None
+
     def apply(self, parameters: Iterable[Tensor]) -> None:
         """Clip the gradients of `parameters` in place, as a plain loop does."""
         if self.value is not None:
@@ -45,8 +50,8 @@ class Clip:
 
 def clip_gradients(
     graph: fx.Graph, interface: Interface, updated: list[int], backward: set[fx.Node], clip: Clip
-) -> dict[int, fx.Node]:
-    """Put the clipped gradients of the primals `updated` in place of the gradients; return them by primal.
+) -> None:
+    """Put the clipped gradients of the primals `updated` in place of the gradients.
 
     By value, each gradient is clipped where it is final. By norm, all of them wait for the last one's norm.
     """
@@ -63,7 +68,6 @@ def clip_gradients(
             grads[i] = _after(graph, factor, aten.mul.Tensor, (grad, factor), backward)
     for i, grad in grads.items():
         interface.gradients[i] = grad
-    return grads
 
 
 def clip_factor(norms: list[Tensor], bound: float) -> Tensor:

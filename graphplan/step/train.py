@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
+from graphplan.choices import Captures
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, UnsupportedModel
 from graphplan.measure import with_targets
@@ -128,8 +129,8 @@ class TrainStep(WholeStep):
         """What was asked for, as the planning stages take it."""
         return self._options
 
-    def captured(self, inputs: Any, targets: Any = None) -> Capture:
-        """Capture the step for batches like this one; nothing is planned or run."""
+    def captured(self, inputs: Any, targets: Any = None) -> tuple[Capture, ...]:
+        """Capture the forms of the step for batches like this one; nothing is planned or run."""
         return self._call(inputs, targets)[1]()
 
     def slots(self) -> Slots:
@@ -139,7 +140,7 @@ class TrainStep(WholeStep):
             self._slots, self._shape = Slots.of(self.optimizer, self.model), shape
         return self._slots
 
-    def _call(self, inputs: Any, targets: Any) -> tuple[Hashable, Callable[[], Capture], list[Tensor]]:
+    def _call(self, inputs: Any, targets: Any) -> tuple[Hashable, Captures, list[Tensor]]:
         """Return (what calls share that one program serves, how to capture it, the input tensors)."""
         slots = self.slots()
         args, kwargs = call_arguments(inputs, targets)
@@ -148,7 +149,8 @@ class TrainStep(WholeStep):
         key = (call_key(template, tensors), state_key(self.model), self._shape)
         return key, lambda: self._capture(template, tensors, slots), tensors
 
-    def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> Capture:
+    def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> tuple[Capture, ...]:
+        """Capture the step with every bit as plain PyTorch's; and in less memory, where only rounding differs."""
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
                 raise GraphplanError(
@@ -157,9 +159,14 @@ class TrainStep(WholeStep):
                 )
         check_hooks(self.model)
         args, kwargs = template.fill(tensors)
-        extension = Extension(self.model, slots, self._kept, self._clip)
         with_loss = _WithLoss(self.model, self._loss_fn)
-        return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+        forms = []
+        for exact in (True, False):
+            extension = Extension(self.model, slots, self._kept, self._clip, exact)
+            forms.append(capture(with_loss, args, kwargs, inner=self.model, extend=extension))
+            if not extension.chances[-1]:
+                break
+        return tuple(forms)
 
 
 class _WithLoss(nn.Module):
