@@ -58,7 +58,7 @@ def find_leasts(candidates: Sequence[Candidate], options: Options) -> int:
     share = replace(options, time_limit=options.time_limit / len(candidates))
     for c in candidates:
         c.least = c.least or find_least(c.prepared, share)
-    return min(range(len(candidates)), key=lambda i: _least_bytes(candidates[i]))
+    return min(range(len(candidates)), key=lambda i: least_bytes(candidates[i]))
 
 
 def choose(candidates: Sequence[Candidate], options: Options) -> tuple[Candidate, Plan]:
@@ -87,7 +87,7 @@ def choose(candidates: Sequence[Candidate], options: Options) -> tuple[Candidate
     _, i, plan = min(found, key=lambda f: f[:2])
     least = candidates[smallest]
     reason = minimum_reason(least.prepared.problem)
-    return candidates[i], replace(plan, minimum_peak_bytes=_least_bytes(least), minimum_reason=reason)
+    return candidates[i], replace(plan, minimum_peak_bytes=least_bytes(least), minimum_reason=reason)
 
 
 def plan_model(model: nn.Module, captures: Captures, options: Options) -> tuple[Prepared, Plan]:
@@ -107,14 +107,14 @@ def candidates_of(model: nn.Module, captures: Captures, options: Options) -> tup
 
 def frontier(candidates: Sequence[Candidate], options: Options, points: int) -> tuple[Plan, ...]:
     """Return up to `points` plans from the least feasible peak to the unplanned one, each cheaper than those before."""
-    least = _least_bytes(candidates[find_leasts(candidates, options)])
+    minimum = least_bytes(candidates[find_leasts(candidates, options)])
     top = candidates[0].prepared.baseline_peak_bytes
     steps = max(1, points - 1)
-    budgets = sorted({least + (top - least) * i // steps for i in range(max(1, points))} | {top})
+    budgets = sorted({minimum + (top - minimum) * i // steps for i in range(max(1, points))} | {top})
     best: dict[int, Plan] = {}
     share = replace(options, time_limit=options.time_limit / len(candidates))
     for c in candidates:
-        for budget, plan in _plans(c, budgets, share, least):
+        for budget, plan in _plans(c, budgets, share, minimum):
             if budget not in best or plan.cost_ns < best[budget].cost_ns:
                 best[budget] = plan
     plans: list[Plan] = []
@@ -124,7 +124,7 @@ def frontier(candidates: Sequence[Candidate], options: Options, points: int) -> 
     return tuple(plans)
 
 
-def _plans(candidate: Candidate, budgets: list[int], options: Options, least_bytes: int) -> list[tuple[int, Plan]]:
+def _plans(candidate: Candidate, budgets: list[int], options: Options, minimum: int) -> list[tuple[int, Plan]]:
     problem = candidate.prepared.problem
     known = () if candidate.least is None or candidate.least.schedule is None else (candidate.least.schedule,)
     limits = solvers.Limits(seconds=options.time_limit, known=known)
@@ -134,13 +134,14 @@ def _plans(candidate: Candidate, budgets: list[int], options: Options, least_byt
         share = replace(limits, seconds=options.time_limit / len(budgets))
         found = tuple(solvers.solve(problem.with_budget(b), options.solver, share) for b in budgets)
     return [
-        (b, lift(replace(candidate.prepared, problem=problem.with_budget(b)), solution, least_bytes))
+        (b, lift(replace(candidate.prepared, problem=problem.with_budget(b)), solution, minimum))
         for b, solution in zip(budgets, found, strict=True)
         if solution.schedule is not None
     ]
 
 
-def _least_bytes(candidate: Candidate) -> int:
+def least_bytes(candidate: Candidate) -> int:
+    """Return a candidate's least feasible peak, which `find_leasts` has found."""
     assert candidate.least is not None
     assert candidate.least.least_peak_bytes is not None
     return candidate.least.least_peak_bytes

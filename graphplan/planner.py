@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphplan.capture import Capture
-from graphplan.choices import Candidate, Captures, at_budget, choose, find_leasts, prepare_candidates
+from graphplan.choices import Candidate, Captures, at_budget, choose, find_leasts, least_bytes, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared
@@ -60,6 +60,13 @@ class Planner(Generic[P]):
         check_fingerprint(plan, mine.captured.graph)
         self.latest = self._entry(mine, plan)
         self.entries[key] = self.latest
+
+    def least_peaks(self, key: Hashable, captures: Captures) -> tuple[int, ...]:
+        """Return the least feasible peak of each form of what `captures` gives."""
+        with torch.enable_grad():
+            candidates = self._candidates(key, captures, self.options)
+        find_leasts(candidates, self.options)
+        return tuple(least_bytes(c) for c in candidates)
 
     def present(self) -> Entry[P]:
         """Return the latest entry.

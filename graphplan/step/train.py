@@ -124,6 +124,10 @@ class TrainStep(WholeStep):
         """Return the latest plan with what it was made from and the program that runs it."""
         return self._planner.present()
 
+    def least_peaks(self, inputs: Any, targets: Any = None) -> tuple[int, ...]:
+        """Return the least feasible peak of each form of the step: to the bit first, then in less memory."""
+        return self._planner.least_peaks(*self._call(inputs, targets)[:2])
+
     @property
     def options(self) -> Options:
         """What was asked for, as the planning stages take it."""
