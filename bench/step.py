@@ -72,7 +72,7 @@ def optimizer_in_backward(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def measure_peers(model: Any, entry: Any, example: Any) -> dict[str, int | str]:
+def measure_peers(model: Any, entry: Any, example: Any, methods: set[str]) -> dict[str, int | str]:
     """Return the measured peak of each peer, or why there is none."""
     import torch
 
@@ -89,13 +89,13 @@ def measure_peers(model: Any, entry: Any, example: Any) -> dict[str, int | str]:
     found = {"plain": peak(model, False)}
     with optimizer_in_backward(model):
         found["hooks"] = peak(model, True)
-        for setting in settings(model, {"checkpoint", "pytorch_budget"}, RATIOS):
+        for setting in settings(model, methods, RATIOS):
             found[f"{setting.method} {setting.name} + hooks"] = peak(setting.build(model), True)
             torch._dynamo.reset()
     return found
 
 
-def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
+def measure_model(name: str, pairs: int, time_limit: float, methods: set[str]) -> dict[str, Any]:
     """Return one row of the table."""
     import torch
 
@@ -135,7 +135,7 @@ def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
         "full": measured(full),
         "planning_s": seconds,
         "ratio": asdict(paired(lambda: full(inputs, targets), lambda: plain(inputs, targets), pairs)),
-        "peers": measure_peers(model, entry, example),
+        "peers": measure_peers(model, entry, example, methods),
     }
 
 
@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="zoo models (default: all)")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--time-limit", type=float, default=20.0)
+    peers = ("checkpoint", "pytorch_budget")
+    parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="beside the hooks alone")
     parser.add_argument("--vocabulary", action="store_true", help="only the GPT with 50,257 tokens")
     parser.add_argument("--write", type=Path, help="Markdown file whose blocks are replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -242,7 +244,7 @@ def main() -> None:
         return
     names = ["vocabulary"] if args.vocabulary else [*(args.names or MODELS), *([] if args.names else ["vocabulary"])]
     for name in names:
-        options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit)]
+        options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit), "--peers", *args.peers]
         done = subprocess.run([sys.executable, "-m", "bench.step", "--one", name, *options], cwd=ROOT, check=False)
         print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
     rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"step_{n}.json").exists()]
