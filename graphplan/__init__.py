@@ -16,6 +16,7 @@ from graphplan.errors import (
     UnsupportedOptimizer,
 )
 from graphplan.measure import Measurement, measure
+from graphplan.noise import Noise, estimate_noise
 from graphplan.pareto import pareto
 from graphplan.plan import Decision, Plan
 from graphplan.planned import PlannedModule, apply, optimize
@@ -34,6 +35,7 @@ __all__ = [
     "GraphplanError",
     "InfeasibleBudget",
     "Measurement",
+    "Noise",
     "Plan",
     "PlanFormatError",
     "PlanMismatch",
@@ -45,6 +47,7 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedOptimizer",
     "apply",
+    "estimate_noise",
     "measure",
     "optimize",
     "pareto",

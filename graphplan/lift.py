@@ -12,6 +12,7 @@ from graphplan.errors import InfeasibleBudget, PlanMismatch
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instructions
 from graphplan.lower import values_of
+from graphplan.noise import PPB, Noise
 from graphplan.plan import Decision, Plan
 from graphplan.profile import Profile
 from graphplan.units import format_bytes
@@ -34,6 +35,7 @@ class Prepared:
     problem: Problem
     baseline_peak_bytes: int
     baseline_cost_ns: int
+    noise: Noise | None = None  # of lossy codes, where any is allowed and it was estimated or given
 
 
 def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
@@ -51,7 +53,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         budget_bytes=problem.budget_bytes,
         peak_bytes=usage.peak_bytes,
         baseline_peak_bytes=prepared.baseline_peak_bytes,
-        minimum_peak_bytes=minimum_bytes,
+        minimum_peak_bytes=min(minimum_bytes, usage.peak_bytes),
         fixed_bytes=problem.fixed_bytes,
         outside_bytes=prepared.outside_bytes,
         loss_measured=prepared.loss_measured,
@@ -69,6 +71,10 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         device=prepared.device.name,
         torch_version=torch.__version__,
         measured=prepared.profile.measured,
+        gradient_noise=problem.noise_limit_ppb / PPB,
+        noise=usage.noise_ppb / PPB,
+        noise_measured=None if usage.noise_ppb else 0.0,
+        noise_bias=None if usage.noise_ppb else 0.0,
         update=graph.update,
         saved=_saved(prepared, solution.schedule, usage.peak_bytes),
     )

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphplan.capture import capture
-from graphplan.choices import Captures, candidates_of, frontier
+from graphplan.choices import candidates_of, frontier
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.optimize import make_options
+from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.step import TrainStep
@@ -26,6 +25,7 @@ def pareto(
     *,
     points: int = 10,
     codecs: str | Iterable[str] = "exact",
+    gradient_noise: float = 0.1,
     solver: str = "auto",
     time_limit: float = 30.0,
     device: Device | None = None,
@@ -40,14 +40,13 @@ def pareto(
     are shared by all points, which `solve_family` answers together. Arguments as in `optimize`; with an `optimizer`
     (and a `loss_fn`), the plans are of whole steps, as `train_step` makes them.
     """
-    options = make_options("100%", codecs, 0.1, solver, time_limit, device, loss_fn, example_targets, report)
+    options = make_options("100%", codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, report)
     if optimizer is None:
-        captures: Captures = lambda: (capture(model, as_tuple(example_inputs), example_kwargs),)  # noqa: E731
+        source = Source.of(model, as_tuple(example_inputs), example_kwargs or {}, options)
     elif loss_fn is None:
         raise GraphplanError("an optimizer makes whole steps, which need loss_fn")
     else:
         step = TrainStep(model, loss_fn, optimizer, options)
         options = step.options
-        inputs = dict(example_kwargs) if example_kwargs else example_inputs
-        captures = lambda: step.captured(inputs, example_targets)  # noqa: E731
-    return frontier(candidates_of(model, captures, options), options, points)
+        source = step.source(dict(example_kwargs) if example_kwargs else example_inputs, example_targets)
+    return frontier(candidates_of(model, source, options), options, points)

@@ -38,7 +38,10 @@ class Plan:
     already exist cost their own bytes beside it. `overhead` is extra time over running every op once, as a
     fraction; `lower_bound_ns` bounds `cost_ns` over every plan of class `bound_class`; `gap` is
     (cost - bound) / cost. `any_bound_ns` and `any_gap` are the same for every plan in the program's order,
-    however often it recomputes after the turn.
+    however often it recomputes after the turn. `noise` is what its lossy codes are predicted to add to the
+    gradient, as a share of the gradient's variance over batches; `gradient_noise` is the cap on it. `noise_measured`
+    and `noise_bias` (which part of the error leans one way) are of all codes at once, on the example batch; 0 where
+    there is no lossy code, None where nothing was run.
     """
 
     model: str
@@ -66,6 +69,10 @@ class Plan:
     device: str
     torch_version: str
     measured: bool
+    gradient_noise: float
+    noise: float
+    noise_measured: float | None
+    noise_bias: float | None
     update: str = ""  # of a whole step: the optimizer's function ("sgd", "adam"); the loss is inside, too
     saved: tuple[tuple[str, int], ...] = ()  # (by what, bytes): how much higher the peak would be without it
 
@@ -83,6 +90,13 @@ class Plan:
     def any_gap(self) -> float:
         """How far `cost_ns` may be above any plan in the program's order, as a fraction of `cost_ns`."""
         return max(0, self.cost_ns - self.any_bound_ns) / max(1, self.cost_ns)
+
+    def _noise_line(self) -> str:
+        found = "not measured"
+        if self.noise_measured is not None and self.noise_bias is not None:
+            found = f"measured {self.noise_measured:.3g}, of which bias {self.noise_bias:.0%}"
+        predicted = f"predicted {self.noise:.3g} of the gradient's variance"
+        return f"gradient noise: {predicted}, cap {self.gradient_noise:g}; {found}"
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Return (how many, bytes) of the activations of each fate."""
@@ -163,6 +177,8 @@ class Plan:
             lines.append(
                 f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})"
             )
+        if self.noise or self.noise_measured:
+            lines.append(self._noise_line())
         if not self.measured:
             lines.append("some ops were estimated, not measured: the peak may be off by their workspace")
         for fate, (n, total) in self.counts().items():
@@ -182,7 +198,7 @@ def _checked(data: dict[str, Any]) -> Plan:
     except (AttributeError, TypeError, ValueError) as e:
         raise PlanFormatError(f"decisions, peak_live or saved is malformed: {e}") from e
     for f in fields(Plan):
-        value, wanted = data[f.name], {"int": int, "str": str, "bool": bool}.get(str(f.type))
+        value, wanted = data[f.name], {"int": int, "str": str, "bool": bool, "float": float}.get(str(f.type))
         if wanted is not None and type(value) is not wanted:
             raise PlanFormatError(f"field {f.name!r} is {value!r}, expected {f.type}")
     for name in ("steps", "codecs"):

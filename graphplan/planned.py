@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
+from graphplan.capture import Capture, call_key, check_model, flatten_call
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.lift import Prepared
-from graphplan.optimize import Options, make_options
+from graphplan.noise import Noise
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner, state_key
 from graphplan.rewrite import rewrite
@@ -51,11 +52,11 @@ class PlannedModule(nn.Module):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
         key = (call_key(template, tensors), state_key(self))
-        return self._planner.entry(key, lambda: (capture(model, args, kwargs),)).step.run(model, tensors)
+        return self._planner.entry(key, lambda: self._source(args, kwargs)).step.run(model, tensors)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
-        return self._planner.entry(self._training_key(args, kwargs), lambda: (capture(self._model, args, kwargs),)).plan
+        return self._planner.entry(self._training_key(args, kwargs), lambda: self._source(args, kwargs)).plan
 
     def adopt(self, plan: Plan, *args: Any, **kwargs: Any) -> None:
         """Execute `plan`, made elsewhere, for inputs like these; nothing is solved.
@@ -63,7 +64,7 @@ class PlannedModule(nn.Module):
         Raises:
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
-        self._planner.adopt(plan, self._training_key(args, kwargs), lambda: (capture(self._model, args, kwargs),))
+        self._planner.adopt(plan, self._training_key(args, kwargs), lambda: self._source(args, kwargs))
 
     def at_budget(self, budget: int | str) -> PlannedModule:
         """Return the same model planned for another budget, from what is already captured and measured."""
@@ -135,6 +136,9 @@ class PlannedModule(nn.Module):
     def _entries(self) -> dict[Hashable, Entry[Step]]:
         return self._planner.entries
 
+    def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Source:
+        return Source.of(self._model, args, kwargs, self._options)
+
     def _training_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
         if not self.training:
             raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
@@ -158,6 +162,7 @@ def optimize(
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
+    noise: Noise | None = None,
 ) -> PlannedModule:
     """Return `model` rewritten to train within `budget` bytes of tensor memory a step.
 
@@ -167,21 +172,27 @@ def optimize(
             parameters, buffers, inputs, gradients, activations, every op's workspace and the caller's loss.
         example_inputs: one training batch, as a tuple; None: plan at the first training call.
         example_kwargs: keyword arguments that go with `example_inputs`.
-        codecs: "none", "exact" (bit-identical gradients), or names from `graphplan.CODECS`.
-        gradient_noise: the cap on added gradient noise; only lossy codecs use it.
+        codecs: "none", "exact" (bit-identical gradients), "lossy" (rounded activations too, their noise estimated
+            on the example batch and measured for the plan), or names from `graphplan.CODECS`.
+        gradient_noise: the cap on what lossy codecs add to the gradient, as a share of the variance that it has
+            over batches: 0.1 costs about as much as a batch a tenth smaller.
         solver: a name from `solvers.SOLVERS`.
         time_limit: seconds for solving.
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
         example_targets: second argument of `loss_fn`, if it takes one.
+        noise: estimates made before (`graphplan.estimate_noise`); None estimates with this batch and `loss_fn`,
+            which takes the memory of all activations and their gradients once.
 
     Raises:
         BudgetError: the budget cannot be read.
         InfeasibleBudget: no plan fits; `.minimum_bytes` would.
         UnsupportedModel, CaptureError: the model cannot be trained or captured; the message says where.
     """
-    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets)
+    options = make_options(
+        budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, noise=noise
+    )
     planned = PlannedModule(model, options)
     if example_inputs is not None or example_kwargs is not None:
         planned.prepare(*as_tuple(example_inputs), **dict(example_kwargs or {}))

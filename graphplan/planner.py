@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from graphplan.capture import Capture
-from graphplan.choices import Candidate, Captures, at_budget, choose, find_leasts, least_bytes, prepare_candidates
+from graphplan.choices import Candidate, Candidates, at_budget, choose, least_peaks, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared
-from graphplan.optimize import Options, carry, check_fingerprint, check_plan, device_of
+from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
 from graphplan.progress import bars
 
 P = TypeVar("P")
+Sources = Callable[[], Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +40,33 @@ class Planner(Generic[P]):
         self.device: Device | None = options.device
         self.entries: dict[Hashable, Entry[P]] = {}
         self.latest: Entry[P] | None = None
-        self._grounds: dict[Hashable, tuple[Candidate, ...]] = {}
+        self._grounds: dict[Hashable, Candidates] = {}
 
-    def entry(self, key: Hashable, captures: Captures) -> Entry[P]:
+    def entry(self, key: Hashable, sources: Sources) -> Entry[P]:
         """Return the entry for `key`, planned now if it is new."""
         if key not in self.entries:
-            self.entries[key] = self._make(key, captures)
+            self.entries[key] = self._make(key, sources)
         self.latest = self.entries[key]
         return self.latest
 
-    def adopt(self, plan: Plan, key: Hashable, captures: Captures) -> None:
+    def adopt(self, plan: Plan, key: Hashable, sources: Sources) -> None:
         """Run `plan`, made elsewhere, for calls with `key`; nothing is solved.
 
         Raises:
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
         with bars() as report, torch.enable_grad():
-            candidates = self._candidates(key, captures, replace(self.options, report=report))
+            source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
+            candidates = self._candidates(key, source, replace(self.options, report=report))
         mine = next((c for c in candidates if c.captured.graph.fingerprint == plan.fingerprint), candidates[0])
         check_fingerprint(plan, mine.captured.graph)
         self.latest = self._entry(mine, plan)
         self.entries[key] = self.latest
 
-    def least_peaks(self, key: Hashable, captures: Captures) -> tuple[int, ...]:
-        """Return the least feasible peak of each form of what `captures` gives."""
+    def least_peaks(self, key: Hashable, sources: Sources) -> tuple[int, ...]:
+        """Return the least feasible peak of each form of what `sources` gives."""
         with torch.enable_grad():
-            candidates = self._candidates(key, captures, self.options)
-        find_leasts(candidates, self.options)
-        return tuple(least_bytes(c) for c in candidates)
+            return least_peaks(self._candidates(key, sources(), self.options), self.options)
 
     def present(self) -> Entry[P]:
         """Return the latest entry.
@@ -97,31 +97,30 @@ class Planner(Generic[P]):
         self.share(other)
         self.latest, self.entries = other.latest, dict(other.entries)
 
-    def _make(self, key: Hashable, captures: Captures) -> Entry[P]:
+    def _make(self, key: Hashable, sources: Sources) -> Entry[P]:
         with bars() as report, torch.enable_grad():
             options = replace(self.options, report=report)
-            candidates = self._candidates(key, captures, options)
-            if self.latest is not None:
-                for candidate in candidates:
-                    plan = carry(self.latest.plan, candidate.prepared, options)
-                    if plan is not None:
-                        return self._entry(candidate, plan)
-            return self._entry(*choose(candidates, options))
+            source = sources()
+            candidates = self._candidates(key, source, options)
+            for candidate in candidates:
+                plan = None if self.latest is None else carry(self.latest.plan, candidate.prepared, options)
+                if plan is not None:
+                    return self._entry(candidate, plan)
+            return self._entry(*choose(candidates, options, source.batch))
 
     def _entry(self, candidate: Candidate, plan: Plan) -> Entry[P]:
         check_plan(candidate.captured, candidate.prepared, plan)
         return Entry(candidate.prepared, plan, self.build(candidate.captured, candidate.prepared, plan))
 
-    def _candidates(self, key: Hashable, captures: Captures, options: Options) -> tuple[Candidate, ...]:
-        found = self._grounds.get(key)
-        if found is None:
-            captured = captures()
-            self.device = self.device or Device.this(device_of(self.model, captured[0]))
-            found = self._grounds[key] = prepare_candidates(captured, options, self.device)
-        else:  # captured for another budget
-            find_leasts(found, options)
-            found = at_budget(found, options)
-        return found
+    def _candidates(self, key: Hashable, source: Source, options: Options) -> Candidates:
+        key = (key, source.batch is None)
+        if key in self._grounds:  # captured for another budget
+            return at_budget(self._grounds[key], options)
+        captured = source.captures()
+        self.device = self.device or Device.this(device_of(self.model, captured[0]))
+        noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
+        self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
+        return self._grounds[key]
 
 
 def state_key(model: nn.Module) -> Hashable:

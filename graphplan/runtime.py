@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
@@ -24,6 +26,7 @@ class Step:
     capture: Capture
     rewritten: Rewritten
     tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
+    count: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)  # of the steps run
 
     @staticmethod
     def of(capture: Capture, rewritten: Rewritten) -> Step:
@@ -31,6 +34,10 @@ class Step:
         nodes = capture.graph.nodes
         strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in capture.graph.tangents)
         return Step(capture, rewritten, tuple(strides))
+
+    def key(self) -> tuple[int, ...]:
+        """Return what the forward half takes beside the primals: for lossy encodes, the key of the next step."""
+        return (functions.mix(torch.initial_seed(), next(self.count)),) if self.rewritten.keyed else ()
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Return what the model returns for input `tensors`, ready for one backward."""
@@ -44,7 +51,7 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:
         with torch._C._DisableAutocast():
-            results = step.rewritten.forward(list(primals))
+            results = step.rewritten.forward([*primals, *step.key()])
         outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
         del results
         tangents = step.capture.graph.tangents
@@ -62,7 +69,7 @@ class _Planned(torch.autograd.Function):
         arguments = _take_saved(ctx)
         for stride, grad in zip(ctx.step.tangent_strides, gradients, strict=True):
             if stride is not None:
-                arguments.append(_like_traced(grad, stride))
+                arguments.append(like_traced(grad, stride))
         with torch._C._DisableAutocast():
             return (None, *ctx.step.rewritten.backward(arguments))
 
@@ -83,7 +90,7 @@ def _take_saved(ctx: Any) -> list[Tensor]:
     return saved
 
 
-def _like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return `grad` with the strides that the backward was traced for."""
     if all(a == b for a, b, n in zip(grad.stride(), stride, grad.shape, strict=True) if n > 1):
         return grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from graphplan.errors import GraphplanError, PromiseBroken
 from graphplan.measure import SCALARS_BYTES, default_loss, measure, preserved, trained_back, with_targets
+from graphplan.noise import BIAS_LIMIT, JointNoise, measure_noise
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
+from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.step import TrainStep
@@ -71,7 +73,8 @@ def verify(
     """Check every promise on one training step of these inputs and return the Report.
 
     Outputs, gradients, buffers and the RNG stream must equal the unplanned joint graph's bit for bit, and the
-    plain model's within rounding; the measured peak must be within the budget and 1 % of the prediction.
+    plain model's within rounding; the measured peak must be within the budget and 1 % of the prediction. Where the
+    plan has lossy codes, what they add to the gradient of these inputs must be within its `gradient_noise` instead.
     Of a step of `train_step`, parameters and the optimizer's state after the update are compared too.
 
     Raises:
@@ -95,10 +98,15 @@ def verify(
     plain = outcome(lambda: model(*example_inputs, **kwargs))
     joint = outcome(lambda: unplanned.run(model, tensors))
     ours = outcome(lambda: planned(*example_inputs, **kwargs))
+    lossy = entry.plan.noise > 0
+    what = [f.name for f in fields(_Outcome) if not (lossy and f.name == "gradients")]
     checks = [
-        *_compare("unplanned graph", joint, ours, exact=True),
-        *_compare("plain model", plain, ours, exact=False),
+        *_compare("unplanned graph", joint, ours, what, exact=True),
+        *_compare("plain model", plain, ours, what, exact=False),
     ]
+    if lossy:
+        batch = Batch(model, tensors, loss_fn, example_targets)
+        checks.append(_noise_check(measure_noise(capture, entry.step.rewritten, batch), entry.plan))
     loss = loss_fn or default_loss
     measured = measure(
         planned, example_inputs, loss, example_kwargs=kwargs, example_targets=example_targets, runs=1
@@ -127,9 +135,10 @@ def _verify_whole(step: TrainStep, model: nn.Module, inputs: Any, targets: Any) 
             )
 
     plain, joint, ours = outcome(step.run_plain), outcome(step.run_unplanned), outcome(step)
+    what = [f.name for f in fields(_Outcome)]
     checks = [
-        *_compare("unplanned graph", joint, ours, exact=True),
-        *_compare("plain loop", plain, ours, exact=False),
+        *_compare("unplanned graph", joint, ours, what, exact=True),
+        *_compare("plain loop", plain, ours, what, exact=False),
     ]
     return _report(checks, measure(step, inputs, example_targets=targets, runs=1).peak_bytes, plan)
 
@@ -156,8 +165,8 @@ def _step(
     )
 
 
-def _compare(other: str, expected: _Outcome, got: _Outcome, *, exact: bool) -> Iterator[Check]:
-    for what in (f.name for f in fields(_Outcome)):
+def _compare(other: str, expected: _Outcome, got: _Outcome, compared: Iterable[str], *, exact: bool) -> Iterator[Check]:
+    for what in compared:
         a, b = getattr(expected, what), getattr(got, what)
         if not a and not b:
             continue
@@ -193,6 +202,12 @@ def _close(x: Tensor, y: Tensor, largest: float) -> bool:
 
 def _magnitude(x: Tensor) -> float:
     return float(x.double().abs().max()) if x.numel() and x.is_floating_point() else 0.0
+
+
+def _noise_check(joint: JointNoise, plan: Plan) -> Check:
+    shown = f"measured {joint.noise:.3g} of the gradient's variance, predicted {plan.noise:.3g}"
+    ok = joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT
+    return Check("gradient noise", ok, f"{shown}, cap {plan.gradient_noise:g}; bias {joint.bias:.0%} of it")
 
 
 def _peak_checks(measured: int, plan: Plan) -> Iterator[Check]:

@@ -23,12 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphplan.capture import capture
 from graphplan.choices import plan_model
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
-from graphplan.optimize import make_options
+from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 
@@ -101,7 +100,7 @@ def plan(request: Request) -> dict[str, Any]:
         time_limit=request.time_limit,
         report=_progress,
     )
-    prepared, made = plan_model(model, lambda: (capture(model, (images,)),), options)
+    prepared, made = plan_model(model, Source.of(model, (images,), {}, options), options)
     made.save(Path(request.out, "plan.json"))
     prepared.device.save(Path(request.out, "device.json"))
     return {}

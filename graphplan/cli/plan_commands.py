@@ -11,15 +11,14 @@ import typer
 from torch import nn
 
 import solvers
-from graphplan.capture import Capture, capture
-from graphplan.choices import candidates_of, plan_model
+from graphplan.choices import candidates_of, first_that_fits, plan_model
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
 from graphplan.cli.optimizers import StepName, check_step, loss_of, optimizer_of
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, make_options
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
 from graphplan.step import TrainStep
@@ -75,7 +74,7 @@ def plan(
             if solver == ALL:
                 prepared, made, rows = compare(named, options, step)
             else:
-                prepared, made = plan_model(named.module, lambda: captured(named, step, options), options)
+                prepared, made = plan_model(named.module, source_of(named, step, options), options)
         if out is not None:
             made.save(out)
         if json_wanted:
@@ -198,13 +197,12 @@ def check_folder(out: Path | None) -> None:
         raise BadInput(f"--out {str(out)!r}: no folder {str(out.parent)!r}, or it names a folder itself")
 
 
-def captured(named: Named, step: str | None, options: Options) -> tuple[Capture, ...]:
-    """Capture the model's forward and backward, or its whole step with a new optimizer."""
+def source_of(named: Named, step: str | None, options: Options) -> Source:
+    """Return the model's forward and backward, or its whole step with a new optimizer, to be captured."""
     if step is None:
-        return (capture(named.module, named.inputs, None),)
-    return TrainStep(named.module, loss_of(named), optimizer_of(step, named), options).captured(
-        named.inputs, named.targets
-    )
+        return Source.of(named.module, named.inputs, {}, options)
+    whole = TrainStep(named.module, loss_of(named), optimizer_of(step, named), options)
+    return whole.source(named.inputs, named.targets)
 
 
 def compare(named: Named, options: Options, step: str | None = None) -> tuple[Prepared, Plan, list[Row]]:
@@ -213,7 +211,8 @@ def compare(named: Named, options: Options, step: str | None = None) -> tuple[Pr
     Raises:
         InfeasibleBudget: no solver found a plan.
     """
-    prepared = candidates_of(named.module, lambda: captured(named, step, options), options)[0].prepared
+    candidates = candidates_of(named.module, source_of(named, step, options), options)
+    prepared = first_that_fits(candidates, options).prepared
     limits = Limits(seconds=options.time_limit)
     rows: list[Row] = []
     for name in solvers.SOLVERS:

@@ -11,11 +11,10 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
-from graphplan.choices import Captures
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, UnsupportedModel
 from graphplan.measure import with_targets
-from graphplan.optimize import Options, make_options
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner, state_key
 from graphplan.rewrite import rewrite_whole
@@ -51,6 +50,12 @@ class TrainStep(WholeStep):
             raise UnsupportedModel("loss_fn has parameters that require grad: make it a part of the model")
         self.model, self.optimizer = model, optimizer
         self._loss_fn, self._options, self._clip = loss_fn, replace(options, whole_step=True), clip or Clip()
+        lossy = [c.name for c in options.codecs if not c.exact]
+        if lossy:
+            raise GraphplanError(
+                f"codecs {', '.join(lossy)}: what a lossy code adds to the gradient is measured on a step that "
+                "updates nothing, so train_step plans exact codecs only; lossy ones work in graphplan.optimize"
+            )
         self._kept = kept_parameters(model, keep_grads)
         self._slots = Slots.of(optimizer, model)
         self._shape = self._slots.shape()
@@ -133,8 +138,8 @@ class TrainStep(WholeStep):
         """What was asked for, as the planning stages take it."""
         return self._options
 
-    def captured(self, inputs: Any, targets: Any = None) -> tuple[Capture, ...]:
-        """Capture the forms of the step for batches like this one; nothing is planned or run."""
+    def source(self, inputs: Any, targets: Any = None) -> Source:
+        """Return how to capture the step for batches like this one; nothing is planned or run."""
         return self._call(inputs, targets)[1]()
 
     def slots(self) -> Slots:
@@ -144,14 +149,14 @@ class TrainStep(WholeStep):
             self._slots, self._shape = Slots.of(self.optimizer, self.model), shape
         return self._slots
 
-    def _call(self, inputs: Any, targets: Any) -> tuple[Hashable, Captures, list[Tensor]]:
+    def _call(self, inputs: Any, targets: Any) -> tuple[Hashable, Callable[[], Source], list[Tensor]]:
         """Return (what calls share that one program serves, how to capture it, the input tensors)."""
         slots = self.slots()
         args, kwargs = call_arguments(inputs, targets)
         template, given = flatten_call(args, kwargs)
         tensors = [t.detach() for t in given]
         key = (call_key(template, tensors), state_key(self.model), self._shape)
-        return key, lambda: self._capture(template, tensors, slots), tensors
+        return key, lambda: Source(lambda: self._capture(template, tensors, slots)), tensors
 
     def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> tuple[Capture, ...]:
         """Capture the step with every bit as plain PyTorch's; and in less memory, where only rounding differs."""
