@@ -69,6 +69,8 @@ def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, e
         return False
     made = []
     has_weight = 1 in items or 2 in items
+    if exact and v.device.type != "cpu":  # another batch, perhaps another kernel
+        return True
     with graph.inserting_before(node):
         if has_weight:
             made.append(_weight_gradient(graph, node, items, exact))
