@@ -92,8 +92,29 @@ def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tup
         last = replace(problem.ops[end], reads=tuple(dict.fromkeys((*problem.ops[end].reads, *held))))
         held_ops = (*problem.ops[:end], last, *problem.ops[end + 1 :])
         without["applying gradients where they are final"] = replace(problem, ops=held_ops)
+    without.update(_unsplit(prepared))
     peaks = {what: simulate(other, schedule).peak_bytes - peak_bytes for what, other in without.items()}
     return tuple((what, n) for what, n in peaks.items() if n > 0)
+
+
+def _unsplit(prepared: Prepared) -> dict[str, Problem]:
+    """Return the Problem with the ops that work in parts as large as if they did not, by how they do it."""
+    ops, items = prepared.graph.ops, prepared.instructions.items
+    grown: dict[str, dict[int, int]] = {}
+    for o, item in enumerate(items):
+        what, nbytes = ("", 0) if item.op is None else ops[item.op].node.meta.get("graphplan_saves", ("", 0))
+        if what:
+            grown.setdefault(what, {})[o] = nbytes
+    return {
+        what: replace(
+            prepared.problem,
+            ops=tuple(
+                replace(op, workspace_bytes=op.workspace_bytes + more.get(o, 0))
+                for o, op in enumerate(prepared.problem.ops)
+            ),
+        )
+        for what, more in grown.items()
+    }
 
 
 def schedule_of(prepared: Prepared, steps: tuple[str, ...]) -> Schedule:

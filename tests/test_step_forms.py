@@ -106,6 +106,7 @@ def test_a_large_vocabulary_is_chunked_when_that_lowers_the_peak(
     tight = step.at_budget(chunked)
     tight.prepare(x, y)
     assert "linear_cross_entropy" in tight.plan.steps
+    assert "of peak by computing the loss in chunks of rows" in str(tight.plan)
     tight.plan.save(tmp_path / "plan.json")
     tight = graphplan.apply(
         model, graphplan.Plan.load(tmp_path / "plan.json"), x, loss_fn=loss_fn, example_targets=y, optimizer=optimizer
@@ -170,6 +171,9 @@ def test_gradients_that_never_exist_whole(kind: str) -> None:
     if "fused" not in kind:
         assert to_the_bit - less > 0.5 * model[0].weight.numel() * 8
     tight = step.at_budget(less)
+    tight.prepare(x, y)
+    if "fused" not in kind:
+        assert dict(tight.plan.saved)["gradients that never exist whole"] > 0.5 * model[0].weight.numel() * 8
     for _ in range(3):
         tight(x, y)
         plain(other, its, (x,), y)

@@ -141,6 +141,10 @@ def _replace(graph: fx.Graph, interface: Interface, backward: set[fx.Node], matc
         new = graph.call_function(linear_cross_entropy, args)
         vals = [None if n is None else torch.empty_like(n.meta["val"]) for n in (match.loss, *match.gradients)]
         new.meta["val"] = tuple(vals)
+        logits = match.forward.args[0].meta["val"]  # type: ignore[union-attr]
+        # Whole, two tensors of the logits' size are alive at once; in chunks, two of a chunk's.
+        saved = 2 * logits.numel() * logits.element_size() * (CHUNKS - 1) // CHUNKS
+        new.meta["graphplan_saves"] = ("computing the loss in chunks of rows", saved)
         items = [new if v is None else graph.call_function(operator.getitem, (new, i)) for i, v in enumerate(vals)]
     for item, val in zip(items, vals, strict=True):
         item.meta.setdefault("val", val)

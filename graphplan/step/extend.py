@@ -15,6 +15,7 @@ from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
 from graphplan.step.slicing import product_of, slice_backward
+from graphplan.step.updates import PIECE
 
 aten = torch.ops.aten
 
@@ -88,6 +89,9 @@ class Extension:
                 node = graph.call_function(update, args)
             else:
                 node = graph.call_function(self.slots.rule.of_product, (param, *product, state, settings))
+                value = param.meta["val"]
+                whole = max(0, value.numel() - PIECE) * value.element_size()
+                node.meta["graphplan_saves"] = ("gradients that never exist whole", whole)
         node._rename(f"update_{param.name.removeprefix('p_')}")
         node.meta.update(val=None, graphplan_in_place=True, graphplan_update=True)
         return node, product is not None

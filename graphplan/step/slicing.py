@@ -46,7 +46,8 @@ def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) ->
     with graph.inserting_before(node):
         new = graph.call_function(slices.batch_norm_backward_, (grad, x, weight, mean, invstd, eps))
     val = node.meta["val"]
-    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True)
+    saved = ("writing normalisation gradients over their operand", v.numel() * v.element_size())
+    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True, graphplan_saves=saved)
     for item in list(node.users):
         item.args = (new, item.args[1])
         if item.args[1] == 0:
