@@ -1,0 +1,42 @@
+"""`--step`: whole training steps from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli import answer, call, factory, refused  # noqa: F401  (factory is a fixture)
+
+from graphplan import Plan
+from graphplan.cli.optimizers import OPTIMIZERS
+from graphplan.cli.output import BAD_INPUT, INFEASIBLE
+
+SMALL = ("--time-limit", "3")
+
+
+@pytest.mark.parametrize("step", OPTIMIZERS)
+def test_plan_run_and_check_a_step(step: str, factory: str, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "plan.json"
+    planned = answer("plan", f"{factory}:with_loss", "--budget", "100%", "--step", step, "--out", out, *SMALL)
+    assert planned["peak_bytes"] <= planned["budget_bytes"]
+    assert Plan.load(out).update == {"sgd": "sgd", "momentum": "sgd"}.get(step, "adam")
+    ran = answer("run", f"{factory}:with_loss", "--plan", out, "--steps", "3", "--step", step)
+    assert ran["ok"]
+    assert ran["losses"][-1] < ran["losses"][0]
+    assert ran["peak_bytes"] <= ran["budget_bytes"]
+    checked = answer("check", f"{factory}:with_loss", "--plan", out, "--step", step)
+    assert checked["ok"]
+
+
+def test_what_a_step_refuses(factory: str, tmp_path: Path) -> None:  # noqa: F811
+    words = ("plan", f"{factory}:with_loss", "--budget")
+    assert "choose from sgd, momentum, adam, adamw" in refused(BAD_INPUT, *words, "100%", "--step", "lbfgs")
+    assert call(*words, "1KiB", "--step", "sgd", *SMALL).exit_code == INFEASIBLE
+    out = tmp_path / "plan.json"
+    answer(*words, "100%", "--step", "sgd", "--out", out, *SMALL)
+    assert "whole step with sgd" in refused(BAD_INPUT, "run", f"{factory}:with_loss", "--plan", out)
+
+
+def test_every_solver_is_compared_on_a_step(factory: str) -> None:  # noqa: F811
+    words = ("plan", f"{factory}:with_loss", "--budget", "100%", "--step", "sgd", "--solver", "all", "--time-limit", "1")
+    assert "keep-all" in call(*words, "--table").stdout.replace("_", "-")
