@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from graphplan import Plan
 from graphplan.cli.optimizers import OPTIMIZERS
 from graphplan.cli.output import BAD_INPUT, INFEASIBLE
 
+ROOT = Path(__file__).parent.parent
 SMALL = ("--time-limit", "3")
 
 
@@ -28,6 +32,17 @@ def test_plan_run_and_check_a_step(step: str, factory: str, tmp_path: Path) -> N
     assert checked["ok"]
 
 
+def test_a_step_plan_runs_in_another_process(factory: str, tmp_path: Path) -> None:  # noqa: F811
+    """Functions of our own in the graph are named there as here: the fingerprint is the same."""
+    out = tmp_path / "plan.json"
+    words = [f"{factory}:with_loss", "--step", "adamw"]
+    answer("plan", *words, "--budget", "100%", "--out", out, *SMALL)
+    code = "import sys; from graphplan.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "check", *words, "--plan", str(out)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_a_step_refuses(factory: str, tmp_path: Path) -> None:  # noqa: F811
     words = ("plan", f"{factory}:with_loss", "--budget")
     assert "choose from sgd, momentum, adam, adamw" in refused(BAD_INPUT, *words, "100%", "--step", "lbfgs")
@@ -38,5 +53,16 @@ def test_what_a_step_refuses(factory: str, tmp_path: Path) -> None:  # noqa: F81
 
 
 def test_every_solver_is_compared_on_a_step(factory: str) -> None:  # noqa: F811
-    words = ("plan", f"{factory}:with_loss", "--budget", "100%", "--step", "sgd", "--solver", "all", "--time-limit", "1")
+    words = (
+        "plan",
+        f"{factory}:with_loss",
+        "--budget",
+        "100%",
+        "--step",
+        "sgd",
+        "--solver",
+        "all",
+        "--time-limit",
+        "1",
+    )
     assert "keep-all" in call(*words, "--table").stdout.replace("_", "-")

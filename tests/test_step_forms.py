@@ -184,7 +184,43 @@ def test_gradients_that_never_exist_whole(kind: str) -> None:
 def test_kept_and_clipped_gradients_exist() -> None:
     model = nn.Linear(1100, 1000)
     x, y = torch.randn(8, 1100), torch.randn(8, 1000)
-    for more in ({"keep_grads": True}, {"clip_norm": 1.0}):
+    for more in ({"keep_grads": True}, {"clip_value": 1.0}):
         other = copy.deepcopy(model)
         step = graphplan.train_step(other, F.mse_loss, OPTIMIZERS["sgd"](other.parameters()), "100%", x, y, **more)
         assert len(step.least_peaks(x, y)) == 1
+
+
+def test_clipping_by_norm_in_two_passes() -> None:
+    """Gradients are kept until the norm is known, or made twice: both to the bit, one in less memory, one faster."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(120, 120), nn.Tanh()) for _ in range(8)))
+    x, y = torch.randn(16, 120), torch.randn(16, 120)
+    model, optimizer, other, its = twins(layers, OPTIMIZERS["momentum"])
+    step = graphplan.train_step(model, F.mse_loss, optimizer, "100%", x, y, clip_norm=1e-2)
+    kept, twice = step.least_peaks(x, y)
+    assert kept - twice > 5 * 120 * 120 * 4
+    tight, ample = step.at_budget(twice), step.at_budget(kept)
+    tight.prepare(x, y)
+    ample.prepare(x, y)
+    assert "mm__norm" in " ".join(tight.plan.steps)
+    assert "mm__norm" not in " ".join(ample.plan.steps)
+    assert tight.plan.cost_ns > ample.plan.cost_ns
+    for i in range(6):
+        (tight if i % 2 else ample)(x, y)
+        its.zero_grad()
+        F.mse_loss(other(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1e-2)
+        its.step()
+    same(model, optimizer, other, its)
+    assert graphplan.measure(tight, x, example_targets=y, runs=1).peak_bytes == tight.plan.peak_bytes
+
+
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, F.smooth_l1_loss, lambda a, b: F.binary_cross_entropy(a.sigmoid(), b)])
+def test_scalars_that_torch_keeps_in_large_memory_are_counted(loss_fn: Callable[..., Tensor]) -> None:
+    x, y = torch.randn(64, 50), torch.rand(64, 50)
+    model, optimizer, other, its = twins(nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50)), OPTIMIZERS["sgd"])
+    step = graphplan.train_step(model, loss_fn, optimizer, "100%", x, y)
+    tight = step.at_budget(step.plan.minimum_peak_bytes)
+    for _ in range(3):
+        assert torch.equal(tight(x, y), plain(other, its, (x,), y, loss_fn))
+    same(model, optimizer, other, its)
+    assert graphplan.measure(tight, x, example_targets=y, runs=1).peak_bytes == tight.plan.peak_bytes

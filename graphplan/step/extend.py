@@ -29,6 +29,7 @@ class Extension:
     kept: frozenset[int]  # ids of the parameters whose gradients the step returns
     clip: Clip
     exact: bool = True  # only rewrites that keep every bit
+    two_pass: bool = False  # of the backward, where a norm clips
     chances: list[bool] = field(default_factory=list)  # for each call: whether other rewrites could save memory, or did
 
     def __call__(self, graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
@@ -45,7 +46,7 @@ class Extension:
             elif param is None or id(param) not in self.kept:
                 interface.gradients[i] = None
         places = _last_uses(graph, backward)
-        clip_gradients(graph, interface, [i for i, _ in updated], backward, self.clip)
+        clip_gradients(graph, interface, [i for i, _ in updated], backward, self.clip, self.two_pass)
         groups = self._add_settings(graph, interface)
         order = {n: t for t, n in enumerate(graph.nodes)}
         for i, group in updated:

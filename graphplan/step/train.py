@@ -171,8 +171,9 @@ class TrainStep(WholeStep):
         with_loss = _WithLoss(self.model, self._loss_fn)
         forms = []
         for exact in (True, False):
-            extension = Extension(self.model, slots, self._kept, self._clip, exact)
-            forms.append(capture(with_loss, args, kwargs, inner=self.model, extend=extension))
+            for two_pass in (False, True) if self._clip.norm is not None else (False,):
+                extension = Extension(self.model, slots, self._kept, self._clip, exact, two_pass)
+                forms.append(capture(with_loss, args, kwargs, inner=self.model, extend=extension))
             if not extension.chances[-1]:
                 break
         return tuple(forms)
@@ -234,7 +235,8 @@ def train_step(
         example_targets: what `loss_fn` gets beside the outputs, if anything.
         keep_grads: True, or names of parameters whose `.grad` is wanted after each step; they cost their bytes.
         clip_value: as torch.nn.utils.clip_grad_value_ before the update; costs no memory.
-        clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last.
+        clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last, or,
+            where that does not fit, the backward runs twice, first for the norms alone.
         codecs, gradient_noise, solver, time_limit, device: as in `optimize`.
 
     Raises:
