@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from graphplan import functions
 from graphplan.functions import group
+from graphplan.functions.compiled import compiled, has_compiler
 from graphplan.functions.group import GROUP, HALF
 from graphplan.meter import peak_of
 
@@ -24,9 +26,10 @@ shapes = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Let a few groups make several chunks, except where memory is measured."""
-    if "bound_the_temporaries" not in request.node.name:
+    """Let a few groups make several chunks, and leave the compiler out, except where it matters."""
+    if not {"test_both_halves_bound_the_temporaries", "test_compiled_kernels"} & {request.node.originalname}:
         monkeypatch.setattr(group, "CHUNK", 2 * GROUP)
+        monkeypatch.setattr(group, "compiled", lambda *args: None)
 
 
 def round_trip(x: Tensor, bits: int, key: int = 1, slot: int = 0) -> Tensor:
@@ -142,15 +145,63 @@ def test_constant_groups_are_exact(bits: int) -> None:
         assert torch.equal(round_trip(x, bits), x)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_both_halves_bound_the_temporaries(bits: int) -> None:
+def test_both_halves_bound_the_temporaries(bits: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few chunks as they are, less than one of a compiled kernel's larger ones."""
+    if not fast:
+        monkeypatch.setattr(group, "compiled", lambda *args: None)
     x = torch.randn(1 << 22)
-    chunk = functions.CHUNK * 4
+    limit = 4 * group.FAST_CHUNK if fast else 12 * 4 * functions.CHUNK
     for peak_bytes, kept in (
         (peak_of(lambda: ops.quantise(x, bits, 1, 1), x.device).peak_bytes, functions.quantised_bytes(x.numel(), bits)),
         (_decoding(x, bits), x.numel() * 4),
     ):
-        assert peak_bytes - kept <= 12 * chunk < x.numel() * 4
+        assert peak_bytes - kept <= limit < x.numel() * 4
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's codes are those of the kernels themselves, to the bit; a wrong compiler is not believed."""
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("no compiler")
+    for dtype in (torch.float32, torch.bfloat16) if bits != HALF else (torch.float32,):
+        x = (torch.randn(3 * functions.CHUNK + 1001) * 3 + 1).to(dtype)
+        x[7] = math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code = ops.quantise(x, bits, 3, 4)
+            back = ops.dequantise(code, bits, x.shape, x.stride(), dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(group, "compiled", lambda *args: None)
+            assert torch.equal(code, ops.quantise(x, bits, 3, 4))
+            again = ops.dequantise(code, bits, x.shape, x.stride(), dtype)
+        assert torch.equal(back.view(torch.int16), again.view(torch.int16))
+
+
+def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32)
+
+    def wrong(made: Any, **options: Any) -> Any:
+        def run(x: Tensor, seed: Tensor, codes: Tensor) -> Any:
+            found = made(x, seed, codes)
+            codes[0, 0] ^= 1
+            return found
+
+        return run
+
+    def broken(made: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise RuntimeError("no such instruction")
+
+        return run
+
+    for compiler, words in ((wrong, "differ"), (broken, "no such instruction")):
+        monkeypatch.setattr(torch, "compile", compiler)
+        with pytest.warns(RuntimeWarning, match=words):
+            assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is None
+    monkeypatch.setattr(torch, "compile", lambda made, **options: made)
+    assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is not None
 
 
 def _decoding(x: Tensor, bits: int) -> int:
