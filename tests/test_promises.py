@@ -45,8 +45,8 @@ def test_every_promise(name: str) -> None:
     assert any(d.fate != "keep" for d in plans[0].decisions.values())
     # 4: below the least feasible peak the error says what would do.
     with pytest.raises(graphplan.InfeasibleBudget) as caught:
-        first.at_budget(int(0.9 * least)).prepare(*example.inputs)
-    assert 0.9 * least < caught.value.minimum_bytes <= least
+        first.at_budget(least // 2).prepare(*example.inputs)
+    assert least // 2 < caught.value.minimum_bytes <= least
     assert caught.value.binding_op in str(caught.value)
 
 
