@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,6 +39,14 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     if "bound_the_temporaries" not in request.node.name:
         monkeypatch.setattr(bits, "CHUNK", 32)
         monkeypatch.setattr(pool, "CHUNK", 32)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run what the functions do on a CPU, and what they do elsewhere."""
+    if request.param == "torch":
+        monkeypatch.setattr(bits, "by_numpy", lambda x: False)
+    return str(request.param)
 
 
 def laid_out(x: Tensor, random: Any) -> Tensor:
@@ -71,7 +79,8 @@ def like_of(x: Tensor) -> functions.Like:
     return x.dtype, tuple(x.shape), tuple(x.stride())
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.usefixtures("by")
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes, layouts)
 def test_bits_round_trip(shape: list[int], random: Any) -> None:
     mask = laid_out(torch.rand(shape) > 0.5, random)
@@ -122,7 +131,8 @@ def likes(results: Any) -> list[functions.Like | None]:
 
 
 @pytest.mark.parametrize("op", SIDED, ids=str)
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("by")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes, dtype=st.sampled_from(FLOATS), random=layouts, data=st.data())
 def test_ops_on_sides(op: Any, shape: list[int], dtype: torch.dtype, random: Any, data: Any) -> None:
     """Equal to the bit to the op on the activation itself: NaN, infinities, signed zeros, other strides included."""
