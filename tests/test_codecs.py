@@ -300,14 +300,15 @@ def test_every_reader_has_an_example() -> None:
     kernel=st.integers(1, 4),
     step=st.integers(1, 3),
     dilation=st.booleans(),
+    ceil=st.booleans(),
 )
-def test_pool_indices_round_trip(dims: int, random: Any, kernel: int, step: int, dilation: bool) -> None:
+def test_pool_indices_round_trip(dims: int, random: Any, kernel: int, step: int, dilation: bool, ceil: bool) -> None:
     apart = 2 if dilation else 1
     plane = tuple(random.randint((kernel - 1) * apart + 1, 11) for _ in range(dims))
     padding = random.randint(0, kernel // 2)
     x = SPECIAL[torch.tensor([random.randrange(18) for _ in range(6 * math.prod(plane))])].view(2, 3, *plane)
     op = aten.max_pool2d_with_indices if dims == 2 else aten.max_pool3d_with_indices
-    _, found = op(x, [kernel] * dims, [step] * dims, [padding] * dims, [apart] * dims)
+    _, found = op(x, [kernel] * dims, [step] * dims, [padding] * dims, [apart] * dims, ceil)
     found = laid_out(found, random)
     pooling = (plane, (kernel,) * dims, (step,) * dims, (padding,) * dims, (apart,) * dims)
     width = functions.pool_code_bits(pooling)
