@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.page import write_between
+
 WARM = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_MAX_": "0",
@@ -90,7 +92,7 @@ def sides() -> Cases:
 
 
 def compiled() -> Cases:
-    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 14)."""
+    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 16)."""
     import torch
     from torch import Tensor
 
@@ -171,17 +173,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--no-compiler", action="store_true", help="leave out the rows that need a C++ compiler")
+    parser.add_argument("--write", type=Path, help="Markdown file whose figures are replaced")
     args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in WARM.items()):
         os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", *sys.argv[1:]], {**os.environ, **WARM})
     suites = (sides, indices) if args.no_compiler else (sides, indices, compiled)
     rows = [row for cases in suites for row in measure(cases(), args.runs)]
-    print(f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}")
+    head = f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}"
+    text = "\n".join([head, *map(str, rows)])
+    print(text)
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as out:
-        for row in rows:
-            print(row)
-            out.write(json.dumps(asdict(row)) + "\n")
+        out.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    if args.write:
+        write_between(args.write, "codec speed", f"```text\n{text}\n```")
 
 
 if __name__ == "__main__":

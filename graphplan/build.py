@@ -13,6 +13,7 @@ from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, tensors_of
 from graphplan.interface import Interface
 from graphplan.normalise import is_random, normalise
+from graphplan.views import aliased_input
 
 
 def build_graph(joint: Any, model: nn.Module, traced: nn.Module, name: str) -> Graph:
@@ -57,7 +58,7 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
             continue
         if node.op == "get_attr":
             node.meta.setdefault("val", getattr(module, str(node.target)))
-        aliased = _aliased_input(node)
+        aliased = aliased_input(node)
         if aliased is not None:
             of[node.name] = of[aliased.name]
             continue
@@ -70,18 +71,6 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
             found.append(ids[key])
         of[node.name] = tuple(found)
     return of, sizes
-
-
-def _aliased_input(node: fx.Node) -> fx.Node | None:
-    """Return the input that the schema says a single-result op is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
-        return None
-    wanted = schema.returns[0].alias_info.before_set
-    for arg, value in zip(schema.arguments, node.args, strict=False):
-        if arg.alias_info is not None and arg.alias_info.before_set & wanted and isinstance(value, fx.Node):
-            return value
-    return None
 
 
 def _make_ops(

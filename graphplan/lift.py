@@ -52,7 +52,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         budget_bytes=problem.budget_bytes,
         peak_bytes=usage.peak_bytes,
         baseline_peak_bytes=prepared.baseline_peak_bytes,
-        minimum_peak_bytes=minimum_bytes,
+        minimum_peak_bytes=min(minimum_bytes, usage.peak_bytes),
         fixed_bytes=problem.fixed_bytes,
         outside_bytes=prepared.outside_bytes,
         loss_measured=prepared.loss_measured,

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
+from graphplan.views import merge_views
 
 aten = torch.ops.aten
 
@@ -20,6 +21,7 @@ def normalise(module: fx.GraphModule, interface: Interface, model: nn.Module) ->
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
     _merge_tied(graph, interface, model)
+    merge_views(graph)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
     interface.rename()

@@ -139,7 +139,7 @@ class Profiles:
         """Return the peak of each plan."""
         return np.asarray(self.bytes_at.max(axis=0), np.int64)
 
-    def excess(self, budget_bytes: int) -> NDArray[np.float64]:
+    def excess(self, budget_bytes: float) -> NDArray[np.float64]:
         """Return the area above the budget of each plan: bytes times positions; infinite if it is refused."""
         area = np.maximum(self.bytes_at - budget_bytes, 0).sum(axis=0, dtype=np.float64)
         return np.where(self.refused, np.inf, area)

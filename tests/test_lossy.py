@@ -279,11 +279,11 @@ def test_lossy_codecs_never_raise_the_least_peak() -> None:
     for name in ("conv", "transformer"):
         model, x, targets = case(name)
         loss = {"loss_fn": token_loss, "example_targets": targets}
-        exact, lossy = (
-            graphplan.optimize(model, "100%", (x,), time_limit=4, codecs=c, **loss) for c in ("exact", "lossy")
-        )
-        exact, lossy = (f.plan.minimum_peak_bytes for f in found)
-        assert lossy <= exact
+        least = []
+        for codecs in ("none", "exact", "lossy"):
+            planned = graphplan.optimize(model, "100%", (x,), time_limit=20, codecs=codecs, **loss)
+            least.append(planned.plan.minimum_peak_bytes)
+        assert least == sorted(least, reverse=True)
 
 
 def test_no_noise_allowed_means_none() -> None:
