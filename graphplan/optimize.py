@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import solvers
 from graphplan.capture import Capture, capture, flatten_call
-from graphplan.codecs import choose_codecs
+from graphplan.codecs import Lossy, choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
@@ -118,6 +118,9 @@ def prepare(
     """
     graph = captured.graph
     instructions = instructions_of(graph, options.codecs)
+    for codec in options.codecs if run else ():
+        if isinstance(codec, Lossy):
+            codec.warm_up(graph)
     costs = profile(graph, instructions, device, run=run, progress=options.report)
     outside = LossMemory(3 * outputs_bytes(graph), SCALARS_BYTES)
     if options.loss_fn is not None:

@@ -136,6 +136,12 @@ def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
     return arguments
 
 
+def warm_up(bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `quantise` and `dequantise` of large tensors run, where a compiler stands."""
+    for half in ("encode", "decode") if bits != HALF else ("encode",):
+        compiled(_kernel(half, bits), _trial(half, bits, dtype), device)
+
+
 def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return views: codes uint8 (groups, bytes of one), minima and steps float32 (groups,)."""
     groups, each = -(-numel // GROUP), GROUP * bits // 8
