@@ -35,8 +35,10 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.zoo --write README.md
 	$(BIN)/python -m bench.full --write README.md
 	$(BIN)/python -m bench.demo --write README.md
+	$(BIN)/pip install --quiet --no-deps ckptplan==0.1.0rc1
 	$(BIN)/python -m bench.executed gpt resnet18 mobilenet_v2 vit bert unet densenet121 --minutes 30
 	$(BIN)/python -m bench.solver_lane
+	$(BIN)/pytest bench/test_speed.py --benchmark-autosave
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.least --write docs/codecs.md
 	$(BIN)/python -m bench.codecs --write docs/codecs.md

@@ -15,7 +15,7 @@ from bench.page import pyplot
 ROOT = Path(__file__).parent.parent
 OUT, DOCS = ROOT / "bench" / "out", ROOT / "docs"
 WRONG = 100  # times what the last bit of the weights does to a gradient: then it is not rounding
-EAGER = ("checkpoint", "pytorch_budget")  # methods on the same kernels as ours
+EAGER = ("checkpoint", "ckptplan", "pytorch_budget")  # methods on the same kernels as ours
 Row = dict[str, Any]
 
 

@@ -12,20 +12,22 @@ from torch import fx, nn
 from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, tensors_of
 from graphplan.interface import Interface
-from graphplan.normalise import is_random, normalise
+from graphplan.normalise import Extend, is_random, normalise
 from graphplan.views import aliased_input
 
 
-def build_graph(joint: Any, model: nn.Module, traced: nn.Module, name: str) -> Graph:
-    """Return the Graph of `joint`; `traced` is the module that was exported, with the model under `model.`.
+def build_graph(
+    joint: Any, model: nn.Module, traced: nn.Module, name: str, prefix: str, extend: Extend | None = None
+) -> Graph:
+    """Return the Graph of `joint`; `traced` is the module that was exported, with the model under `prefix`.
 
     Raises:
         CaptureError: the graph has an op in place, or mutates an input in a way that cannot be replayed.
     """
     module = joint.graph_module
     module.graph.set_codegen(fx.graph.CodeGen())
-    interface = Interface(joint, model, traced)
-    backward = normalise(module, interface, model)
+    interface = Interface(joint, model, traced, prefix)
+    backward = normalise(module, interface, model, extend)
     storages_of, sizes = _find_storages(module)
     ops = _make_ops(module.graph, storages_of, interface, backward)
     storages = _name_storages(module.graph, interface, ops, storages_of, sizes)
@@ -92,7 +94,8 @@ def _make_ops(
         written.update(writes)
         reads = tuple(dict.fromkeys(s for a in node.all_input_nodes for s in storages_of[a.name]))
         random = is_random(node)
-        pure = schema is not None and not random and not in_place and mutated.isdisjoint(reads)
+        known = schema is not None or "graphplan_pure" in node.meta
+        pure = known and not random and not in_place and mutated.isdisjoint(reads)
         ops.append(GraphOp(len(ops), node, node.name, str(node.target), reads, writes, node in backward, random, pure))
     return tuple(ops)
 

@@ -146,6 +146,8 @@ def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.No
     items = [u for u in node.users if u.target is operator.getitem]
     if not items:
         return [node]
+    if "graphplan_in_place" in node.meta:
+        return items  # the ones that share an operand's memory have new values, too
     return [u for u in items if wanted.intersection(graph.storages_of[u.name])]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,7 +74,24 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         noise=usage.noise_ppb / PPB,
         noise_measured=None if usage.noise_ppb else 0.0,
         noise_bias=None if usage.noise_ppb else 0.0,
+        update=graph.update,
+        saved=_saved(prepared, solution.schedule, usage.peak_bytes),
     )
+
+
+def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tuple[str, int], ...]:
+    """Return what memory each way of using it early or twice saves: the same schedule's peak without it."""
+    problem, items = prepared.problem, prepared.instructions.items
+    without = {"writing over operands that die": problem.out_of_place()}
+    if prepared.graph.update:
+        updates = {op.name for op in prepared.graph.ops if "graphplan_update" in op.node.meta}
+        held = [v for o, item in enumerate(items) if item.name in updates for v in problem.ops[o].reads]
+        end = problem.program[-1]
+        ops = list(problem.ops)
+        ops[end] = replace(ops[end], reads=tuple(dict.fromkeys((*ops[end].reads, *held))))
+        without["applying gradients where they are final"] = replace(problem, ops=tuple(ops))
+    peaks = {what: simulate(other, schedule).peak_bytes - peak_bytes for what, other in without.items()}
+    return tuple((what, n) for what, n in peaks.items() if n > 0)
 
 
 def schedule_of(prepared: Prepared, steps: tuple[str, ...]) -> Schedule:

@@ -27,7 +27,6 @@ from graphplan.profile import profile
 from graphplan.progress import Report, quiet
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
-from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
 from solvers import Limits, Schedule, Solution, simulate
 
@@ -50,11 +49,26 @@ class Options:
     gradient_noise: float = 0.1
     noise: Noise | None = None
     report: Report = quiet
+    whole_step: bool = False  # the loss and the update are in the graph: the caller does nothing between
 
     @property
     def codec_names(self) -> tuple[str, ...]:
         """Names of the codecs, as a Plan stores them."""
         return tuple(c.name for c in self.codecs)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How to capture a graph, and the batch on which the noise of lossy codes is measured (None: it is not)."""
+
+    captures: Callable[[], Capture]
+    batch: Batch | None = None
+
+    @staticmethod
+    def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Source:
+        """Return the source of a model called with these arguments."""
+        batch = Batch(model, flatten_call(args, kwargs)[1], options.loss_fn, options.example_targets)
+        return Source(lambda: capture(model, args, kwargs), batch)
 
 
 def make_options(
@@ -122,10 +136,8 @@ def prepare(
         if isinstance(codec, Lossy):
             codec.warm_up(graph)
     costs = profile(graph, instructions, device, run=run, progress=options.report)
-    outside = LossMemory(3 * outputs_bytes(graph), SCALARS_BYTES)
-    if options.loss_fn is not None:
-        outside = loss_memory(captured, options.loss_fn, options.example_targets)
-    targets = tensors_bytes(options.example_targets)
+    outside = _outside(captured, options)
+    targets = 0 if options.whole_step else tensors_bytes(options.example_targets)
     noise = noise_of(captured, instructions, options, batch, known)
     cap = options.gradient_noise if noise is not None else 0.0
     held = outside.held_bytes + targets
@@ -139,11 +151,20 @@ def prepare(
         device=device,
         codecs=options.codec_names,
         outside_bytes=outside.peak_bytes,
-        loss_measured=options.loss_fn is not None,
+        loss_measured=options.whole_step or options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
         noise=noise,
     )
+
+
+def _outside(captured: Capture, options: Options) -> LossMemory:
+    """Return what the caller's loss holds."""
+    if options.whole_step:
+        return LossMemory(0, 0)
+    if options.loss_fn is not None:
+        return loss_memory(captured, options.loss_fn, options.example_targets)
+    return LossMemory(3 * outputs_bytes(captured.graph), SCALARS_BYTES)
 
 
 def noise_of(
@@ -162,14 +183,11 @@ def find_least(prepared: Prepared, options: Options) -> Solution:
     """Return the plan with the smallest peak that can be found; it does not depend on the budget.
 
     The search is no proof, and may find less where it has more to choose from. So what it has left of its time goes
-    to plans without lossy codes, then to plans without codecs: to allow them never raises the least peak of a small
-    graph.
+    to plans without codecs: to allow them never raises the least peak of a small graph.
     """
     options.report("least feasible peak", 0, 1)
     problem, encoded = prepared.problem, prepared.instructions.encoded
     tries = [problem]
-    if problem.noise_limit_ppb and any(e.lossy for e in encoded):
-        tries.append(replace(problem, noise_limit_ppb=0))
     if encoded:
         tries.append(without_codecs(problem, prepared.instructions))
     left, best = LEAST_PEAK_SHARE * options.time_limit, None
@@ -211,20 +229,15 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     return lift(prepared, solution, least.least_peak_bytes)
 
 
-def make_batch(model: nn.Module, tensors: Sequence[Tensor], options: Options) -> Batch:
-    """Return the example batch that noise is estimated and measured on."""
-    return Batch(model, tensors, options.loss_fn, options.example_targets)
-
-
 def check_noise(
-    captured: Capture, prepared: Prepared, plan: Plan, options: Options, batch: Batch
+    captured: Capture, prepared: Prepared, plan: Plan, options: Options, batch: Batch | None
 ) -> tuple[Prepared, Plan]:
     """Measure the noise of a plan's codes all at once, and plan again with larger estimates while it breaks the cap.
 
     A plan whose codes still do after TIGHTENINGS is answered without any.
     """
     for tries in range(TIGHTENINGS + 1):
-        if plan.noise == 0 or prepared.noise is None:
+        if plan.noise == 0 or prepared.noise is None or batch is None:
             break
         options.report("noise of the plan", 0, 1)
         rewritten = rewrite(captured.graph, prepared.instructions, plan.steps)
@@ -249,8 +262,8 @@ def with_noise(prepared: Prepared, noise: Noise) -> Prepared:
     return replace(prepared, problem=replace(prepared.problem, ops=tuple(ops)), noise=noise)
 
 
-def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
-    """Rewrite the captured graph by `plan`, after checking that it is this graph's and fits.
+def check_plan(captured: Capture, prepared: Prepared, plan: Plan) -> None:
+    """Check that `plan` can run on the captured graph and fits its budget here.
 
     Raises:
         PlanMismatch: another graph, an unknown op, an order that cannot run, or a peak above the budget.
@@ -263,7 +276,6 @@ def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
         raise PlanMismatch(f"the plan cannot run on graph {captured.graph.name}: {e}") from e
     if usage.peak_bytes > plan.budget_bytes:
         raise PlanMismatch(f"the plan needs {usage.peak_bytes} bytes here; its budget is {plan.budget_bytes}")
-    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
 
 
 def check_fingerprint(plan: Plan, graph: Graph) -> None:
@@ -297,19 +309,29 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
     return lift(prepared, solution, plan.minimum_peak_bytes)
 
 
-def plan_model(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options
-) -> tuple[Capture, Prepared, Plan]:
-    """Capture, profile and plan `model` without building the program: what the CLI and tools want."""
-    options.report("capture", 0, 1)
-    captured = capture(model, args, kwargs)
-    options.report("capture", 1, 1)
-    device = options.device or Device.this(device_of(model, captured))
-    batch = make_batch(model, flatten_call(args, kwargs or {})[1], options)
-    prepared = prepare(captured, options, device, run=options.device is None, batch=batch)
+def plan_model(model: nn.Module, source: Source, options: Options) -> tuple[Prepared, Plan]:
+    """Capture, profile and plan without building the program: what the CLI and tools want."""
+    captured = _capture(source, options)
+    prepared = _prepare(model, captured, source, options)
     plan = make_plan(prepared, find_least(prepared, options), options)
-    prepared, plan = check_noise(captured, prepared, plan, options, batch)
-    return captured, prepared, plan
+    return check_noise(captured, prepared, plan, options, source.batch)
+
+
+def prepare_model(model: nn.Module, source: Source, options: Options) -> Prepared:
+    """Capture and profile without solving."""
+    return _prepare(model, _capture(source, options), source, options)
+
+
+def _capture(source: Source, options: Options) -> Capture:
+    options.report("capture", 0, 1)
+    captured = source.captures()
+    options.report("capture", 1, 1)
+    return captured
+
+
+def _prepare(model: nn.Module, captured: Capture, source: Source, options: Options) -> Prepared:
+    device = options.device or Device.this(device_of(model, captured))
+    return prepare(captured, options, device, run=options.device is None, batch=source.batch)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

@@ -73,6 +73,8 @@ class Plan:
     noise: float
     noise_measured: float | None
     noise_bias: float | None
+    update: str = ""  # of a whole step: the optimizer's function ("sgd", "adam"); the loss is inside, too
+    saved: tuple[tuple[str, int], ...] = ()  # (by what, bytes): how much higher the peak would be without it
 
     @property
     def overhead(self) -> float:
@@ -169,13 +171,19 @@ class Plan:
         unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"
         lines = [head, f"{unplanned}; least feasible {format_bytes(self.minimum_peak_bytes)} ({self.minimum_reason})"]
         how = "measured" if self.loss_measured else "three times the outputs: pass loss_fn to measure it"
-        lines.append(f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})")
+        if self.update:
+            lines.append(f"whole step: the loss and the update ({self.update}) are in it")
+        else:
+            lines.append(
+                f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})"
+            )
         if self.noise or self.noise_measured:
             lines.append(self._noise_line())
         if not self.measured:
             lines.append("some ops were estimated, not measured: the peak may be off by their workspace")
         for fate, (n, total) in self.counts().items():
             lines.append(f"{fate:<10} {n:>5} activations {format_bytes(total):>12}")
+        lines.extend(f"saved {format_bytes(n)} of peak by {what}" for what, n in self.saved)
         lines.append(f"at the peak, step {self.peak_step!r}:")
         lines.extend(f"  {format_bytes(n):>12}  {name}" for name, n in self.peak_live)
         lines.extend(f"{name}: {d}" for name, d in self.decisions.items() if d.fate != "keep")
@@ -186,9 +194,9 @@ def _checked(data: dict[str, Any]) -> Plan:
     """Build the Plan from parsed JSON, refusing a field of another type."""
     try:
         decisions = {str(k): Decision(**v) for k, v in data["decisions"].items()}
-        live = tuple((str(name), int(n)) for name, n in data["peak_live"])
+        pairs = {k: tuple((str(name), int(n)) for name, n in data[k]) for k in ("peak_live", "saved")}
     except (AttributeError, TypeError, ValueError) as e:
-        raise PlanFormatError(f"decisions or peak_live is malformed: {e}") from e
+        raise PlanFormatError(f"decisions, peak_live or saved is malformed: {e}") from e
     for f in fields(Plan):
         value, wanted = data[f.name], {"int": int, "str": str, "bool": bool, "float": float}.get(str(f.type))
         if wanted is not None and type(value) is not wanted:
@@ -199,4 +207,4 @@ def _checked(data: dict[str, Any]) -> Plan:
     if any(d.fate not in ("keep", "recompute", "compress") for d in decisions.values()):
         raise PlanFormatError("a decision has an unknown fate")
     lists = {"steps": tuple(data["steps"]), "codecs": tuple(data["codecs"])}
-    return Plan(**{**data, **lists, "decisions": decisions, "peak_live": live})
+    return Plan(**{**data, **lists, **pairs, "decisions": decisions})

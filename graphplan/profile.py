@@ -95,7 +95,7 @@ class _Probe:
     """One instruction as a small graph of its own."""
 
     module: fx.GraphModule
-    inputs: tuple[Tensor, ...]  # fake or meta tensors that say the shapes
+    inputs: tuple[Any, ...]  # fake or meta tensors that say the shapes; an optimizer's state and settings as dicts
     written_bytes: int
     target: str
     key: str
@@ -103,7 +103,8 @@ class _Probe:
 
     @property
     def touched_bytes(self) -> int:
-        return self.written_bytes + sum(t.numel() * t.element_size() for t in self.inputs)
+        tensors = (t for v in self.inputs for t in (v.values() if isinstance(v, dict) else (v,)))
+        return self.written_bytes + sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 class _Isolated:
@@ -114,7 +115,7 @@ class _Isolated:
     def __init__(self, instructions: Instructions) -> None:
         self.graph = fx.Graph()
         self.encoded = {e.id: e for e in instructions.encoded}
-        self.inputs: dict[Any, tuple[fx.Node, Tensor]] = {}
+        self.inputs: dict[Any, tuple[fx.Node, Any]] = {}
         self.outputs: list[fx.Node] = []
 
     def load(self, node: fx.Node) -> fx.Node:
@@ -140,7 +141,7 @@ class _Isolated:
     def store_encoded(self, storage: int, value: fx.Node) -> None:
         self.outputs.append(value)
 
-    def _input(self, key: Any, val: Tensor) -> fx.Node:
+    def _input(self, key: Any, val: Any) -> fx.Node:
         if key not in self.inputs:
             # Placeholders must stand first: made here, moved by `_probe`.
             self.inputs[key] = (self.graph.placeholder(f"x{len(self.inputs)}"), val)
@@ -162,7 +163,7 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     sizes = {e.id: e.nbytes for e in instructions.encoded}
     written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
     body = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in _renamed(out.graph)]
-    shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in inputs]
+    shapes = [_described(v) for v in inputs]
     target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
     device = _device_of(graph)
     text = f"{body}|{shapes}|{written}|{device.type}"
@@ -227,13 +228,26 @@ def _runs(probe: _Probe, meter: Meter, device: torch.device) -> bool:
     return True
 
 
-def _make(like: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere)."""
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), str(value.dtype))
+    return {k: _described(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _make(like: Any, device: torch.device) -> Any:
+    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere).
+
+    Of a dict, a dict of such tensors; other values in it stay.
+    """
+    if isinstance(like, dict):
+        return {k: _make(v, device) for k, v in like.items()}
+    if not isinstance(like, Tensor):
+        return like
     made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     return made.fill_(0.5) if like.dtype.is_floating_point else made.zero_()
 
 
-def _time(run: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> int:
+def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device) -> int:
     """Return the median ns of one call, warm."""
     sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     run(*inputs)

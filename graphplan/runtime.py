@@ -98,7 +98,7 @@ def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensor that is one of the graph's inputs."""
+    """Return the tensor that stands for a graph input in this call."""
     if primal.index >= 0:
         return tensors[primal.index]
     value = primal.value if primal.value is not None else resolve(model, primal.path)
@@ -108,7 +108,7 @@ def bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def output_of(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
-    """Return one tensor that the model returns, of the forward half's results and the graph's inputs."""
+    """Return one tensor that the model returns, from the forward half's results `fresh` and its inputs."""
     base = fresh[output.index] if output.source == "forward" else primals[output.index]
     if output.detached and base.requires_grad:
         base = base.detach()

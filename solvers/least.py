@@ -18,7 +18,7 @@ import numpy as np
 from solvers.again import lower_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.epochs import EpochModel
-from solvers.evaluate import exact, keep_everything, profiles
+from solvers.evaluate import exact, fates_of, keep_everything, profiles
 from solvers.greedy import descend
 from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.ladder import Low, better, kick, low_of, lower, near
@@ -87,6 +87,8 @@ def find_least(problem: Problem, limits: Limits) -> Least:
     before = _known.pop(key, None)
     if before is None or before.seconds < limits.seconds:
         found = _find(key[0], limits)
+        if problem.noise_limit_ppb:
+            found = _better_exact(problem, found, limits)
         if before is not None and before.peak_bytes < found.peak_bytes:
             found = replace(before, seconds=found.seconds)
         before = found
@@ -124,6 +126,19 @@ def _single(search: Search, units: Units, best: Low) -> Low:
     if len(units.units) * len(search.problem.program) <= EXACT_SIZE:
         best = _refine(search, units, best)
     return best
+
+
+def _better_exact(problem: Problem, found: Least, limits: Limits) -> Least:
+    """Return `found` with the least peaks without noise where they are smaller: more fates make a larger search."""
+    exact = find_least(replace(problem, noise_limit_ppb=0), limits)
+    if exact.peak_bytes < found.peak_bytes:
+        found = replace(found, peak_bytes=exact.peak_bytes, schedule=exact.schedule)
+    single = exact.single
+    fates = fates_of(build_units(problem), single.schedule) if single.peak_bytes < found.single.peak_bytes else None
+    if fates is None:
+        return found
+    same = tuple(int(m) for m in fates)
+    return replace(found, single=replace(single, bound_bytes=found.single.bound_bytes, fates=same))
 
 
 def _round(search: Search, units: Units, best: Low) -> Low:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
-from graphplan.optimize import make_options, plan_model
+from graphplan.optimize import Source, make_options, plan_model
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 
@@ -99,7 +99,7 @@ def plan(request: Request) -> dict[str, Any]:
         time_limit=request.time_limit,
         report=_progress,
     )
-    _, prepared, made = plan_model(model, (images,), None, options)
+    prepared, made = plan_model(model, Source.of(model, (images,), {}, options), options)
     made.save(Path(request.out, "plan.json"))
     prepared.device.save(Path(request.out, "device.json"))
     return {}

@@ -3,7 +3,8 @@
 Rounding is stochastic: up with the probability that makes the decoded value right on average. The noise is a hash of
 (key, slot, element), so that the same step gives the same code, and no random stream is touched. The quantiser is
 ActNN's (Chen et al. 2021) but for exact ends: codes are clamped on both sides, a short last group repeats its last
-element, a group with a NaN, an infinity or a range beyond float32 decodes to NaN.
+element, a group with a NaN, an infinity or a range beyond float32 decodes to NaN, one whose steps would be subnormal
+to its minimum.
 
 Bytes: every group has 256 * bits / 8 of codes, then come all minima and all steps in float32. In a byte stand elements
 j, j + 256 / k, j + 512 / k, ... of a group, k = 8 / bits, so that packing reads and writes whole vectors.
@@ -165,9 +166,9 @@ def _encode(x: Tensor, seed: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, 
     finite = width.isfinite()
     least = torch.where(finite, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
     width = torch.where(finite, torch.where(width < _SMALLEST, 0.0, width), torch.nan)
-    rate = torch.where(width > 0, FRACTION / width, 0.0)
+    rate = torch.where(width > 0, 1.0 / width, 0.0)
     # Fixed point: the fraction of a step, plus as many random bits, carries with the fraction's probability.
-    at = ((x - least[:, None]) * rate[:, None]).int() + ((_hash(x.shape, seed) >> 16) & (FRACTION - 1))
+    at = ((x - least[:, None]) * rate[:, None] * FRACTION).int() + ((_hash(x.shape, seed) >> 16) & (FRACTION - 1))
     # In a group with a NaN anything may stand: its step says what it is.
     code = (at >> 16).clamp_max(levels)
     if each > 1:
