@@ -77,7 +77,7 @@ def test_errors_are_below_one_step(
         return
     a, b = (torch.as_strided(t, (t.numel(),), (1,)).double() for t in (x, back))
     step = steps_of(x, bits)
-    subnormal = (2**bits if bits != HALF else 1) * torch.finfo(torch.float32).tiny  # a range of such steps counts as none
+    subnormal = (2**bits if bits != HALF else 1) * torch.finfo(torch.float32).tiny  # a range of this is none
     rounding = torch.finfo(dtype).eps * (a.abs() + 4 * step) + 1e-6 * a.abs().max() + subnormal
     assert ((a - b).abs() <= 1.001 * step + rounding).all()
 
