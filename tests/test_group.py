@@ -150,10 +150,12 @@ def test_constant_groups_are_exact(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_both_halves_bound_the_temporaries(bits: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few chunks as they are, less than one of a compiled kernel's larger ones."""
-    if not fast:
-        monkeypatch.setattr(group, "compiled", lambda *args: None)
     x = torch.randn(1 << 22)
-    limit = 4 * group.FAST_CHUNK if fast else 12 * 4 * functions.CHUNK
+    if fast:
+        functions.warm_up(bits, x.dtype, x.device)
+    else:
+        monkeypatch.setattr(group, "compiled", lambda *args: None)
+    limit = 4 * group.FAST_BLOCKS[0] if fast else 12 * 4 * functions.CHUNK
     for peak_bytes, kept in (
         (peak_of(lambda: ops.quantise(x, bits, 1, 1), x.device).peak_bytes, functions.quantised_bytes(x.numel(), bits)),
         (_decoding(x, bits), x.numel() * 4),
@@ -166,8 +168,11 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's codes are those of the kernels themselves, to the bit; a wrong compiler is not believed."""
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no compiler")
-    for dtype in (torch.float32, torch.bfloat16) if bits != HALF else (torch.float32,):
-        x = (torch.randn(3 * functions.CHUNK + 1001) * 3 + 1).to(dtype)
+    large, chunk = group.FAST_BLOCKS[0], functions.CHUNK
+    sizes = (3 * chunk + 1001, chunk + 1, *range(large - 1, large + 2), 2 * large, 2 * large + chunk, 3 * large + 7)
+    dtypes = [torch.float32] * len(sizes) + ([torch.bfloat16] if bits != HALF else [])
+    for size, dtype in zip((*sizes, sizes[0]), dtypes, strict=False):
+        x = (torch.randn(size) * 3 + 1).to(dtype)
         x[7] = math.nan
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -181,7 +186,7 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32)
+    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32, 1 << 14)
 
     def wrong(made: Any, **options: Any) -> Any:
         def run(x: Tensor, seed: Tensor, codes: Tensor) -> Any:
@@ -202,7 +207,16 @@ def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.warns(RuntimeWarning, match=words):
             assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is None
     monkeypatch.setattr(torch, "compile", lambda made, **options: made)
-    assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is not None
+    fast = compiled.__wrapped__(kernel, trial, torch.device("cpu"))
+    x, seed, codes = trial(torch.device("cpu"))
+    least, _ = kernel(x, seed, codes)
+    fast.run = broken(None)  # later, in the middle of a step
+    again = torch.zeros_like(codes)
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        found, _ = fast(x, seed, again)
+    assert torch.equal(found.nan_to_num(), least.nan_to_num())
+    assert torch.equal(again, codes)
+    assert fast.run is kernel
 
 
 def _decoding(x: Tensor, bits: int) -> int:

@@ -21,13 +21,15 @@ Trial = Callable[[torch.device], tuple[Tensor, ...]]  # arguments to try a kerne
 
 @cache
 def compiled(kernel: Kernel, trial: Trial, device: torch.device) -> Kernel | None:
-    """Return `kernel` compiled, of any sizes and the dtypes of `trial`; None where that is not to be had.
+    """Return `kernel` compiled for the sizes and dtypes of `trial`; None where that is not to be had.
 
-    A compiler that fails, or compiles something else, is reported once as a RuntimeWarning.
+    A compiler that fails, or compiles something else, is reported once as a RuntimeWarning. One that fails later gives
+    way to the kernel itself, which writes all its results again.
     """
     if not has_compiler(device):
         return None
-    made: Any = torch.compile(_alone(kernel), dynamic=True, fullgraph=True)
+    # Of one size only: guards on sizes and offsets that are free to change run into a limit of recompilations.
+    made: Any = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
     expected, found = trial(device), trial(device)
     try:
         expected = (*expected, *(kernel(*expected) or ()))
@@ -38,7 +40,24 @@ def compiled(kernel: Kernel, trial: Trial, device: torch.device) -> Kernel | Non
     if not all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(expected, found, strict=True)):
         _warn(kernel, "its results differ from the kernel's own")
         return None
-    return made  # type: ignore[no-any-return]
+    return _Falling(made, kernel)
+
+
+class _Falling:
+    """A compiled kernel until it fails, from then on the kernel itself."""
+
+    def __init__(self, made: Kernel, kernel: Kernel) -> None:
+        self.run, self.kernel = made, kernel
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.run(*args)
+        except Exception as e:  # a step that trains is not to end because of a compiler
+            if self.run is self.kernel:
+                raise
+            _warn(self.kernel, f"{type(e).__name__}: {e}")
+            self.run = self.kernel
+            return self.kernel(*args)
 
 
 def _alone(kernel: Kernel) -> Kernel:

@@ -26,7 +26,7 @@ from graphplan.functions.register import registered
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-FAST_CHUNK = 4 * CHUNK  # elements, for a compiled kernel
+FAST_BLOCKS = (4 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
 GOLDEN = 0x9E3779B1
 FRACTION = 1 << 16
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -93,19 +93,18 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
 
 
 def _stretches(numel: int, half: str, bits: int, x: Tensor) -> Iterator[tuple[int, int, Kernel]]:
-    """Cut a tensor into what one call of a kernel works on: chunks, or with a compiler larger ones of whole groups.
+    """Cut a tensor into what one call of a kernel works on: chunks, or with a compiler blocks of its sizes first.
 
-    A compiled kernel keeps less beside its results, and costs more to call. Compiling one for a single chunk does not
-    pay.
+    A compiled kernel keeps less beside its results. For a tensor of one chunk, compiling one does not pay.
     """
-    kernel = _kernel(half, bits)
-    fast = compiled(kernel, _trial(half, bits, x.dtype), x.device) if numel > CHUNK else None
-    whole = 0 if fast is None else numel // GROUP * GROUP
-    for start in range(0, whole, FAST_CHUNK):
-        assert fast is not None
-        yield start, min(start + FAST_CHUNK, whole), fast
-    for start in range(whole, numel, CHUNK):
-        yield start, min(start + CHUNK, numel), kernel
+    kernel, start = _kernel(half, bits), 0
+    for block in FAST_BLOCKS if numel > CHUNK else ():
+        fast = compiled(kernel, _trial(half, bits, x.dtype, block), x.device)
+        while fast is not None and start + block <= numel:
+            yield start, start + block, fast
+            start += block
+    for begin in range(start, numel, CHUNK):
+        yield begin, min(begin + CHUNK, numel), kernel
 
 
 @cache
@@ -117,12 +116,13 @@ def _kernel(half: str, bits: int) -> Kernel:
 
 
 @cache
-def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
+def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
     """Return arguments to compare compiled kernels on: ordinary groups, wide, constant and tiny ones, and a NaN."""
+    groups = block // GROUP
 
     def arguments(device: torch.device) -> tuple[Tensor, ...]:
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(40, GROUP, generator=random) * torch.logspace(-44, 37, 40)[:, None]
+        x = torch.randn(groups, GROUP, generator=random) * torch.logspace(-44, 37, groups)[:, None]
         x[3], x[4, 7], x[5, 9] = 1.5, math.nan, math.inf
         x = x.to(dtype).to(device)
         seed = torch.tensor(12345, dtype=torch.int32, device=device)
@@ -140,7 +140,8 @@ def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
 def warm_up(bits: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what `quantise` and `dequantise` of large tensors run, where a compiler stands."""
     for half in ("encode", "decode") if bits != HALF else ("encode",):
-        compiled(_kernel(half, bits), _trial(half, bits, dtype), device)
+        for block in FAST_BLOCKS:
+            compiled(_kernel(half, bits), _trial(half, bits, dtype, block), device)
 
 
 def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
