@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import solvers
 from graphplan.capture import capture
 from graphplan.device import Device
-from graphplan.lift import lift
-from graphplan.optimize import device_of, find_least, make_options, prepare
+from graphplan.lift import Prepared, lift
+from graphplan.optimize import Options, device_of, find_least, make_options, prepare
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.tree import as_tuple
@@ -42,6 +42,11 @@ def pareto(
     captured = capture(model, as_tuple(example_inputs), example_kwargs)
     there = device or Device.this(device_of(model, captured))
     prepared = prepare(captured, options, there, run=device is None)
+    return along(prepared, options, points)
+
+
+def along(prepared: Prepared, options: Options, points: int) -> tuple[Plan, ...]:
+    """Return up to `points` plans along the frontier of a prepared graph, at most one solve each."""
     smallest = find_least(prepared, options)
     least, top = smallest.least_peak_bytes, prepared.baseline_peak_bytes
     assert least is not None
@@ -49,14 +54,14 @@ def pareto(
     steps = max(1, points - 1)
     budgets = sorted({least + (top - least) * i // steps for i in range(max(1, points))} | {top})
     problem = prepared.problem
-    limits = Limits(seconds=time_limit, known=(smallest.schedule,))
-    report("solving", 0, 1)
-    if solver == "auto":
+    limits = Limits(seconds=options.time_limit, known=(smallest.schedule,))
+    options.report("solving", 0, 1)
+    if options.solver == "auto":
         found = solvers.solve_family(problem, budgets, limits)
     else:
-        share = replace(limits, seconds=time_limit / len(budgets))
-        found = tuple(solvers.solve(problem.with_budget(b), solver, share) for b in budgets)
-    report("solving", 1, 1)
+        share = replace(limits, seconds=options.time_limit / len(budgets))
+        found = tuple(solvers.solve(problem.with_budget(b), options.solver, share) for b in budgets)
+    options.report("solving", 1, 1)
     plans: list[Plan] = []
     for budget, solution in zip(budgets, found, strict=True):
         if solution.schedule is None:

@@ -1,0 +1,117 @@
+"""Plans, the server's side: how a method's clients execute a step, and the frontier that each gets its plan from."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
+
+import solvers
+from graphplan.capture import capture
+from graphplan.codecs import CODECS
+from graphplan.device import Device
+from graphplan.errors import PlanFormatError
+from graphplan.federated.config import RunConfig
+from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
+from graphplan.federated.task import Task, task_loss
+from graphplan.lift import Prepared, lift
+from graphplan.optimize import make_options, prepare
+from graphplan.pareto import along
+from graphplan.plan import Plan
+from solvers import Kind
+
+SPARE = 5  # smaller plans that a client holds beside its own, to shrink without asking
+MOST_BYTES = 8 << 20  # of plans unpacked from one message
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How clients of a method run a step.
+
+    `planned` False: plain PyTorch, in the unplanned peak or not at all. `recompute` False takes every second
+    computation out of the problem, so that only codecs are left. `codecs` "every": all of the table.
+    """
+
+    planned: bool = True
+    codecs: str = "exact"
+    solver: str = "auto"
+    recompute: bool = True
+
+
+@dataclass(slots=True)
+class Planner:
+    """Answers budgets for one task: one frontier for each class of device, one solve for each of its plans."""
+
+    task: Task
+    execution: Execution
+    config: RunConfig
+    devices: dict[str, Device] = field(default_factory=dict)
+    cache: FrontierCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start with an empty cache."""
+        self.cache = FrontierCache(self._make)
+
+    def frontier(self, device_class: str) -> Frontier:
+        """Return the frontier of a class; its Device, when one was reported, is planned for."""
+        return self.cache.get((device_class, self.execution))
+
+    def unplanned(self, device_class: str) -> Plan:
+        """Return the class's plan at the unplanned peak: what a step takes and costs without a plan."""
+        return self.frontier(device_class).plans[-1]
+
+    def for_budget(self, device_class: str, budget_bytes: int) -> tuple[Plan, ...]:
+        """Return the plan for a budget, then smaller ones; none: nothing fits."""
+        frontier = self.frontier(device_class)
+        if not self.execution.planned:
+            return frontier.plans[-1:] if frontier.plans[-1].baseline_peak_bytes <= budget_bytes else ()
+        return frontier.below(budget_bytes, SPARE)
+
+    def _make(self, key: Hashable) -> Frontier:
+        device_class = key[0] if isinstance(key, tuple) else ""
+        execution, (images, labels) = self.execution, self.task.example
+        codecs: str | Iterable[str] = tuple(CODECS) if execution.codecs == "every" else execution.codecs
+        options = make_options(
+            "100%", codecs, solver=execution.solver, time_limit=self.config.time_limit,
+            loss_fn=task_loss, example_targets=labels,
+        )  # fmt: skip
+        captured = capture(self.task.fresh(), (images,))
+        here = device_class not in self.devices
+        device = self.devices.get(device_class) or Device.this(images.device)
+        prepared = prepare(captured, options, device, run=here)
+        if not execution.planned:
+            kept = solvers.solve(prepared.problem, "keep_all")
+            return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
+        points = min(MOST_POINTS, self.config.points)
+        return Frontier(along(prepared if execution.recompute else _once(prepared), options, points))
+
+
+def _once(prepared: Prepared) -> Prepared:
+    """Return the problem in which every computation runs once: what is not kept must be encoded."""
+    ops = tuple(replace(op, repeatable=False) if op.kind is Kind.COMPUTE else op for op in prepared.problem.ops)
+    return replace(prepared, problem=replace(prepared.problem, ops=ops))
+
+
+def pack(plans: Iterable[Plan]) -> bytes:
+    """Return plans as they travel: JSON, deflated."""
+    return zlib.compress(json.dumps([p.to_json() for p in plans]).encode(), level=9)
+
+
+def unpack(data: bytes) -> tuple[Plan, ...]:
+    """Read what `pack` wrote.
+
+    Raises:
+        PlanFormatError: damaged, larger than MOST_BYTES, or not plans.
+    """
+    reader = zlib.decompressobj()
+    try:
+        text = reader.decompress(data, MOST_BYTES)
+        if reader.unconsumed_tail or not reader.eof:
+            raise PlanFormatError(f"the plans are cut off, or unpack to more than {MOST_BYTES} bytes")
+        texts = json.loads(text)
+    except (zlib.error, ValueError) as e:
+        raise PlanFormatError(f"the plans are damaged: {e}") from e
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise PlanFormatError("expected a list of plans")
+    return tuple(Plan.from_json(t) for t in texts)
