@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graphplan.federated.config import FederatedError
 
+_SPECS = "write iid, dirichlet:ALPHA or pathological:CLASSES"
 TEST_SHARE = 0.2
 SYNTHETIC_COUNT = 2000
 _DOWNLOADS = {  # name -> (repository, image column, label column)
@@ -146,8 +147,8 @@ def _partitioner(spec: str, clients: int, seed: int) -> Any:
                 clients, "label", int(value), class_assignment_mode="first-deterministic", seed=seed
             )
     except (TypeError, ValueError) as e:
-        raise FederatedError(f"partition {spec!r}: {e}") from e
-    raise FederatedError(f"partition {spec!r}: write iid, dirichlet:ALPHA or pathological:CLASSES")
+        raise FederatedError(f"partition {spec!r}: {e}; {_SPECS}") from e
+    raise FederatedError(f"partition {spec!r}: {_SPECS}")
 
 
 def _resized(images: Tensor, size: tuple[int, ...]) -> Tensor:

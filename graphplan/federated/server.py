@@ -14,9 +14,9 @@ from graphplan.errors import GraphplanError
 from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.method import Method
 from graphplan.federated.methods import METHODS
-from graphplan.federated.plans import Execution, Planner
+from graphplan.federated.plans import Planner
 from graphplan.federated.strategy import Client, Emit, PlannedStrategy, ask_facts, wait_for_nodes
-from graphplan.federated.task import Task, task_of
+from graphplan.federated.task import task_of
 
 app = ServerApp()
 
@@ -48,10 +48,15 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     if config.method not in METHODS:
         raise FederatedError(f"no method {config.method!r}; there are {', '.join(METHODS)}")
     method = METHODS[config.method]
+    task_of(config).check(config)
     wait_for_nodes(grid, config.clients, config.timeout)
-    whole = _planner(task_of(config), method.execution, config)
+    # In a simulation all clients are of one class, whose device may be given.
+    devices = {"": Device.load(Path(config.device))} if config.device else {}
+    whole = Planner(task_of(config), method.execution, config, devices)
     unplanned = _unplanned(whole, config)
     clients = ask_facts(grid, sorted(grid.get_node_ids()), unplanned, config, whole)
+    if not clients:
+        raise FederatedError("no client said what it is: see the log for what each answered")
     width, planner = _settle(method, config, whole, clients)
     strategy = PlannedStrategy(config, method, planner, width, unplanned, emit)
     strategy.clients = {c.node: c for c in clients}
@@ -73,12 +78,6 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     return result.arrays
 
 
-def _planner(task: Task, execution: Execution, config: RunConfig) -> Planner:
-    """Return a planner; in a simulation all clients are of one class, whose device may be given."""
-    devices = {"": Device.load(Path(config.device))} if config.device else {}
-    return Planner(task, execution, config, devices)
-
-
 def _unplanned(planner: Planner, config: RunConfig) -> int:
     """Return the unplanned peak of the whole model, of which a fleet's budgets may be fractions."""
     return planner.unplanned("").baseline_peak_bytes if config.fleet else 0
@@ -89,8 +88,8 @@ def _settle(method: Method, config: RunConfig, whole: Planner, clients: list[Cli
     if method.widths == (1.0,):
         return 1.0, whole
     for width in method.widths:
-        planner = whole if width == 1 else _planner(task_of(config, width), method.execution, config)
-        planner.devices.update(whole.devices)
+        # A saved profile knows nothing of narrower ops, whose scratch cannot be guessed: they are measured here.
+        planner = whole if width == 1 else Planner(task_of(config, width), method.execution, config)
         if all(planner.for_budget(c.device_class, c.budget_bytes) for c in clients if c.examples):
             break
     return width, planner
@@ -110,6 +109,7 @@ def _announce(strategy: PlannedStrategy, emit: Emit) -> None:
             "width": strategy.width,
             "unplanned_peak_bytes": strategy.fleet_bytes or None,
             "clients_known": len(strategy.clients),
+            "clients_silent": config.clients - len(strategy.clients),
             "clients_without_data": sum(not c.examples for c in strategy.clients.values()),
             "clients_without_memory": sorted(c.client for c in strategy.unfit()),
         }

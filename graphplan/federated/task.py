@@ -33,6 +33,10 @@ class Task:
         """Return a copy of the model, in training mode, that the caller may change."""
         return copy.deepcopy(self.model).train()
 
+    def check(self, config: RunConfig) -> None:
+        """Raise FederatedError now where the data cannot be split as the run asks."""
+        partition(self.train.labels, config.partition, config.clients, config.seed)
+
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Return (accuracy, mean loss) on the test images."""
         model.eval()
