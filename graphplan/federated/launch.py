@@ -1,4 +1,4 @@
-"""launch: `flwr run` with the switches that keep it offline and quiet, on a SuperLink of its own; and a real federation.
+"""launch: `flwr run` with the switches that keep it offline and quiet, on a SuperLink of its own; real federations.
 
 Everything lives in one scratch folder (Flower's home, the app, the events), and every process started here is taken
 down by its id.

@@ -262,7 +262,6 @@ def wait_for_nodes(grid: Grid, count: int, timeout: float) -> None:
     end = time.monotonic() + timeout
     while (here := len(list(grid.get_node_ids()))) < count:
         if time.monotonic() > end:
-            raise FederatedError(
-                f"{here} of {count} clients have connected after {timeout:.0f} s (flwr run: --federation-config num-supernodes={count})"
-            )
+            missing = f"{here} of {count} clients have connected after {timeout:.0f} s"
+            raise FederatedError(f"{missing} (flwr run takes --federation-config num-supernodes={count})")
         time.sleep(0.5)
