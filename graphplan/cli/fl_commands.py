@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,10 +106,9 @@ def methods(as_json: AsJson = None) -> None:
         show(rows)
 
 
-fl_app = typer.Typer(
-    name="fl", help="Federated clients execute plans (needs graphplan[federated]).", no_args_is_help=True
-)
-for _name, _function in {"run": run, "up": up, "methods": methods}.items():
+COMMANDS: dict[str, Callable[..., None]] = {"run": run, "up": up, "methods": methods}
+fl_app = typer.Typer(name="fl", help="Federated clients execute plans, on Flower.", no_args_is_help=True)
+for _name, _function in COMMANDS.items():
     fl_app.command(_name, epilog=EXIT_CODES)(_function)
 
 
