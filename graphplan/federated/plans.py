@@ -48,6 +48,8 @@ class Planner:
     config: RunConfig
     devices: dict[str, Device] = field(default_factory=dict)
     cache: FrontierCache = field(init=False)
+    profiled: Device | None = None  # what was planned for last
+    texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
 
     def __post_init__(self) -> None:
         """Start with an empty cache."""
@@ -68,6 +70,14 @@ class Planner:
             return frontier.plans[-1:] if frontier.plans[-1].baseline_peak_bytes <= budget_bytes else ()
         return frontier.below(budget_bytes, SPARE)
 
+    def packed(self, device_class: str, budget_bytes: int) -> bytes:
+        """Return `for_budget` as it travels, empty where nothing fits; each place of a frontier is packed once."""
+        key = device_class, self.frontier(device_class).index(budget_bytes)
+        if key not in self.texts:
+            plans = self.for_budget(device_class, budget_bytes)
+            self.texts[key] = pack(plans) if plans else b""
+        return self.texts[key]
+
     def _make(self, key: Hashable) -> Frontier:
         device_class = key[0] if isinstance(key, tuple) else ""
         execution, (images, labels) = self.execution, self.task.example
@@ -80,6 +90,7 @@ class Planner:
         here = device_class not in self.devices
         device = self.devices.get(device_class) or Device.this(images.device)
         prepared = prepare(captured, options, device, run=here)
+        self.profiled = device
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))

@@ -19,7 +19,7 @@ from graphplan.device import Device
 from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.fleet import DeviceClass, Member, draw, read_fleet
 from graphplan.federated.method import Method
-from graphplan.federated.plans import Planner, pack
+from graphplan.federated.plans import Planner
 from graphplan.federated.replies import Sorted, sort_replies
 from graphplan.federated.selection import Candidate
 from graphplan.plan import Plan
@@ -157,7 +157,9 @@ class PlannedStrategy(Strategy):
         return sum(len(a.data) for a in self.arrays.values())
 
     def _packed(self, client: Client) -> bytes:
-        return pack(self.plans_of(client)) if self.method.execution.planned else b""
+        if not self.method.execution.planned:
+            return b""
+        return self.planner.packed(client.device_class, client.budget_bytes - self.reserved_bytes)
 
     def _candidate(self, client: Client) -> Candidate:
         unplanned = self.planner.unplanned(client.device_class)
