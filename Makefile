@@ -31,13 +31,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure everything (hours), and rewrite the figures of README.md and docs/bench.md
+bench: $(READY)  ## measure everything (hours), and rewrite the figures of README.md and docs/
 	$(BIN)/python -m bench.zoo --write README.md
 	$(BIN)/python -m bench.full --write README.md
 	$(BIN)/python -m bench.demo --write README.md
+	$(BIN)/pip install --quiet --no-deps ckptplan==0.1.0rc1
 	$(BIN)/python -m bench.executed gpt resnet18 mobilenet_v2 vit bert unet densenet121 --minutes 30
 	$(BIN)/python -m bench.solver_lane
+	$(BIN)/pytest bench/test_speed.py --benchmark-autosave
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.least --write docs/codecs.md
+	$(BIN)/python -m bench.codecs --write docs/codecs.md
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers/test_fuzz.py --timeout 0

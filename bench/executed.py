@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "bench" / "out" / "executed.jsonl"
-METHODS = ("checkpoint", "pytorch_budget", "inductor")
+METHODS = ("checkpoint", "ckptplan", "pytorch_budget", "inductor")
 
 
 class Lane:
@@ -46,9 +46,13 @@ class Lane:
         )
         self.planning_s = time.perf_counter() - start
 
+    def forward(self, module: Any) -> Any:
+        """Return what the model returns."""
+        return module(*self.example.inputs)
+
     def loss(self, module: Any) -> Any:
         """Return the loss of one forward pass."""
-        outputs = module(*self.example.inputs)
+        outputs = self.forward(module)
         return self.loss_fn(outputs, self.targets) if self.targets is not None else self.loss_fn(outputs)
 
     def step(self, module: Any) -> None:
@@ -108,7 +112,7 @@ def run_model(name: str, args: argparse.Namespace) -> None:
     head = {"model": name, "small": args.small, "plain_peak": plain_peak, "ours_planning_s": lane.planning_s}
     head["rounding"] = lane.rounding(plain)
     head["minimum"] = lane.planned.plan.minimum_peak_bytes
-    for setting in settings(lane.model, set(args.methods), tuple(args.ratios or BUDGETS)):
+    for setting in settings(lane.model, lane.forward, set(args.methods), tuple(args.ratios or BUDGETS)):
         row = {**head, "method": setting.method, "setting": setting.name}
         if time.monotonic() > end:
             _write({**row, "failed": "not run: out of the time given to the model"})

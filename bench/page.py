@@ -1,8 +1,9 @@
-"""Write measured text between a page's markers."""
+"""What the report writers share: text between a page's markers, pictures that repeat themselves."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def write_between(path: Path, name: str, text: str) -> None:
@@ -13,3 +14,14 @@ def write_between(path: Path, name: str, text: str) -> None:
         raise SystemExit(f"{path} has no {begin} ... {end}")
     before, rest = page.split(begin, 1)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing the same file from the same figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "graphplan"
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.ckptplan_peer import SHARES, Chooser
+
 BUDGETS = tuple(i / 20 for i in reversed(range(20)))  # 0.95 to 0
 INDUCTOR_BUDGETS = (1.0, 0.5, 0.2, 0.05)
 
@@ -31,8 +33,10 @@ class Setting:
     build: Callable[[nn.Module], nn.Module]
 
 
-def settings(model: nn.Module, methods: set[str], ratios: tuple[float, ...] = BUDGETS) -> Iterator[Setting]:
-    """Yield every setting of the chosen methods that applies to `model`."""
+def settings(
+    model: nn.Module, run: Callable[[nn.Module], object], methods: set[str], ratios: tuple[float, ...] = BUDGETS
+) -> Iterator[Setting]:
+    """Yield every setting of the chosen methods that applies to `model`; `run(model)` is one forward."""
     if "checkpoint" in methods:
         yield from _checkpoint_settings(model)
     if "pytorch_budget" in methods:
@@ -40,6 +44,10 @@ def settings(model: nn.Module, methods: set[str], ratios: tuple[float, ...] = BU
             yield Setting(
                 "pytorch_budget", f"{ratio:g}", functools.partial(_compiled, ratio, "aot_eager_decomp_partition")
             )
+    if "ckptplan" in methods and blocks(model):
+        chooser = Chooser(tuple(blocks(model)), run)
+        for share in SHARES:
+            yield Setting("ckptplan", f"{share:.0%} of the activations", functools.partial(_chosen, chooser, share))
     if "inductor" in methods:
         for ratio in INDUCTOR_BUDGETS:
             yield Setting("inductor", f"{ratio:g}", functools.partial(_compiled, ratio, "inductor"))
@@ -70,6 +78,10 @@ def _checkpointed(paths: list[str], model: nn.Module) -> nn.Module:
         block = twin.get_submodule(path)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     return twin
+
+
+def _chosen(chooser: Chooser, share: float, model: nn.Module) -> nn.Module:
+    return _checkpointed(chooser.choose(share, model), model)
 
 
 def _compiled(ratio: float, backend: str, model: nn.Module) -> nn.Module:

@@ -9,10 +9,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench import solver_report
+from bench.page import pyplot
+
 ROOT = Path(__file__).parent.parent
 OUT, DOCS = ROOT / "bench" / "out", ROOT / "docs"
 WRONG = 100  # times what the last bit of the weights does to a gradient: then it is not rounding
-EAGER = ("checkpoint", "pytorch_budget")  # methods on the same kernels as ours
+EAGER = ("checkpoint", "ckptplan", "pytorch_budget")  # methods on the same kernels as ours
 Row = dict[str, Any]
 
 
@@ -110,30 +113,9 @@ def prediction(rows: list[Row]) -> str:
     )
 
 
-def solver_lane(rows: list[Row]) -> str:
-    """Return a line for each problem, solver and budget."""
-    lines = [
-        "| problem (ops) | f | solver | overhead | gap | within 1 %, s | gap 0.1 %, s | total, s | peak / budget |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        head = f"| {r['problem']} ({r['ops']}) | {r['fraction']:g} | {r['solver']} "
-        if r["overhead"] is None:
-            lines.append(head + f"| {r['status']} | | | | {r['seconds']:.1f} | |")
-            continue
-        close, tight = ("-" if r[k] is None else f"{r[k]:.2f}" for k in ("close_s", "tight_s"))
-        figures = f"| {r['overhead']:+.2%} | {r['gap']:.3%} | {close} | {tight} | {r['seconds']:.1f} "
-        lines.append(f"{head}{figures}| {r['peak_share']:.4f} |")
-    return "\n".join(lines)
-
-
 def draw(rows: list[Row]) -> list[str]:
     """Draw time against peak for each model; return the file names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     folder = DOCS / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     names = []
@@ -163,7 +145,7 @@ def draw(rows: list[Row]) -> list[str]:
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
         figure.tight_layout()
-        figure.savefig(folder / f"{model}.svg")
+        figure.savefig(folder / f"{model}.svg", metadata={"Date": None})
         plt.close(figure)
         names.append(f"{model}.svg")
     return names
@@ -194,10 +176,12 @@ def main() -> None:
         "executed": executed(rows),
         "summary": summary(rows),
         "prediction": prediction(rows),
-        "solvers": solver_lane(lanes) if lanes else "not run yet",
+        "solver_summary": solver_report.summary(lanes),
+        "solver_compared": solver_report.compared(lanes),
+        "solvers": solver_report.every(lanes),
         "plots": "\n".join(f"![{n}](plots/{n})" for n in draw(rows)),
     }
-    DOCS.mkdir(exist_ok=True)
+    solver_report.draw(lanes, DOCS / "plots" / "solvers.svg")
     (DOCS / "bench.md").write_text(text.format(**parts))
 
 

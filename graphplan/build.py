@@ -12,19 +12,22 @@ from torch import fx, nn
 from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, tensors_of
 from graphplan.interface import Interface
-from graphplan.normalise import is_random, normalise
+from graphplan.normalise import Extend, is_random, normalise
+from graphplan.views import aliased_input
 
 
-def build_graph(joint: Any, model: nn.Module, traced: nn.Module, name: str) -> Graph:
-    """Return the Graph of `joint`; `traced` is the module that was exported, with the model under `model.`.
+def build_graph(
+    joint: Any, model: nn.Module, traced: nn.Module, name: str, prefix: str, extend: Extend | None = None
+) -> Graph:
+    """Return the Graph of `joint`; `traced` is the module that was exported, with the model under `prefix`.
 
     Raises:
         CaptureError: the graph has an op in place, or mutates an input in a way that cannot be replayed.
     """
     module = joint.graph_module
     module.graph.set_codegen(fx.graph.CodeGen())
-    interface = Interface(joint, model, traced)
-    backward = normalise(module, interface, model)
+    interface = Interface(joint, model, traced, prefix)
+    backward = normalise(module, interface, model, extend)
     storages_of, sizes = _find_storages(module)
     ops = _make_ops(module.graph, storages_of, interface, backward)
     storages = _name_storages(module.graph, interface, ops, storages_of, sizes)
@@ -57,7 +60,7 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
             continue
         if node.op == "get_attr":
             node.meta.setdefault("val", getattr(module, str(node.target)))
-        aliased = _aliased_input(node)
+        aliased = aliased_input(node)
         if aliased is not None:
             of[node.name] = of[aliased.name]
             continue
@@ -70,18 +73,6 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
             found.append(ids[key])
         of[node.name] = tuple(found)
     return of, sizes
-
-
-def _aliased_input(node: fx.Node) -> fx.Node | None:
-    """Return the input that the schema says a single-result op is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
-        return None
-    wanted = schema.returns[0].alias_info.before_set
-    for arg, value in zip(schema.arguments, node.args, strict=False):
-        if arg.alias_info is not None and arg.alias_info.before_set & wanted and isinstance(value, fx.Node):
-            return value
-    return None
 
 
 def _make_ops(
@@ -103,7 +94,8 @@ def _make_ops(
         written.update(writes)
         reads = tuple(dict.fromkeys(s for a in node.all_input_nodes for s in storages_of[a.name]))
         random = is_random(node)
-        pure = schema is not None and not random and not in_place and mutated.isdisjoint(reads)
+        known = schema is not None or "graphplan_pure" in node.meta
+        pure = known and not random and not in_place and mutated.isdisjoint(reads)
         ops.append(GraphOp(len(ops), node, node.name, str(node.target), reads, writes, node in backward, random, pure))
     return tuple(ops)
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphplan.build import build_graph
-from graphplan.errors import CaptureError, UnsupportedModel
+from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
+from graphplan.normalise import Extend
 from graphplan.tree import Template
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -48,8 +49,18 @@ def call_key(template: Template, tensors: Sequence[Tensor]) -> Hashable:
     return (template.key(), tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors))
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Capture:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    inner: nn.Module | None = None,
+    extend: Extend | None = None,
+) -> Capture:
     """Trace one training step of `model` on `args` and `kwargs` in its present mode; nothing is executed.
+
+    With `inner`, `model` is a wrapper that holds it as its attribute `model`, and the graph is named after it.
+    `extend` adds to the graph (`normalise`).
 
     Raises:
         UnsupportedModel: nothing is trainable, or a parameter is sparse, complex or not yet initialised.
@@ -66,7 +77,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     # Tracing must not draw from the user's RNG stream.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         traced, joint = _climb(flat, tensors)
-    graph = build_graph(joint, model, traced, type(model).__name__)
+    owner, prefix = (model, "model.") if inner is None else (inner, "model.model.")
+    graph = build_graph(joint, owner, traced, type(owner).__name__, prefix, extend)
     graph.verify()
     assert flat.record.returned is not None
     return Capture(graph, template, flat.record.returned)
@@ -98,6 +110,8 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
     """Return (the module that was traced, its joint graph) from the first rung that holds."""
     try:
         return flat, _joint(flat, tensors)
+    except GraphplanError:
+        raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
             with _silenced():

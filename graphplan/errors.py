@@ -36,6 +36,14 @@ class UnsupportedModel(GraphplanError, TypeError):
     """The model has something that graphplan does not train: no trainable parameter, sparse or complex ones."""
 
 
+class UnsupportedOptimizer(GraphplanError, TypeError):
+    """The optimizer, its parameters or its state are something that a planned step cannot update."""
+
+
+class StepFailed(GraphplanError, RuntimeError):
+    """A planned step broke off after it had begun to write: the message says what is new and what is old."""
+
+
 class PlanFormatError(GraphplanError, ValueError):
     """A plan file that cannot be read: truncated, not JSON, an unknown version, or a missing field."""
 

@@ -19,12 +19,14 @@ from graphplan.units import format_bytes
 
 
 class StorageKind(Enum):
-    """Why a storage exists. The first four are in use for the whole step and are never planned."""
+    """Why a storage exists. The first six are in use for the whole step and are never planned."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
     INPUT = "input"
     CONSTANT = "constant"
+    STATE = "state"  # what the optimizer keeps for one parameter
+    SETTINGS = "settings"  # of one parameter group of the optimizer: no tensors
     TANGENT = "tangent"  # the loss's gradient for one output, written between forward and backward
     ACTIVATION = "activation"  # written in the forward, read in the backward
     FORWARD = "forward"  # written and read in the forward only
@@ -35,7 +37,10 @@ class StorageKind(Enum):
     @property
     def fixed(self) -> bool:
         """Whether the storage is in use during the whole step."""
-        return self in (StorageKind.PARAMETER, StorageKind.BUFFER, StorageKind.INPUT, StorageKind.CONSTANT)
+        return self in _FIXED
+
+
+_FIXED = frozenset(list(StorageKind)[:6])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,11 @@ class GraphOp:
 
 @dataclass(frozen=True, slots=True)
 class Primal:
-    """Where one graph input comes from: a parameter or buffer by its path, the i-th input tensor, a constant."""
+    """Where one graph input comes from.
+
+    A parameter, a buffer or a parameter's optimizer state by its path; the i-th input tensor; a constant; the
+    i-th group of the optimizer's settings.
+    """
 
     kind: StorageKind
     path: str
@@ -118,8 +127,14 @@ class Graph:
         return frozenset(s for n in results for s in self.storages_of[n])
 
     @property
+    def update(self) -> str:
+        """The name of the function that updates parameters inside the step; empty where the caller does it."""
+        targets = (op.node.target for op in self.ops if "graphplan_update" in op.node.meta)
+        return str(getattr(next(targets, None), "__name__", ""))
+
+    @property
     def fixed_bytes(self) -> int:
-        """Bytes of parameters, buffers, inputs and constants."""
+        """Bytes of parameters, buffers, inputs, constants and the optimizer's state."""
         return sum(s.nbytes for s in self.storages if s.kind.fixed)
 
     def to_networkx(self) -> nx.DiGraph:
@@ -196,6 +211,8 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
 
 
 def _values(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, dict):
+        return tuple(value.values())
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 

@@ -26,14 +26,27 @@ Argument = Any
 class Emitter(Protocol):
     """Where an instruction writes its fx nodes: the rewritten graph, or a small one that is timed."""
 
+    @property
+    def takes_over(self) -> bool:
+        """Whether the instruction is to write over its `takes_over`."""
+
     def load(self, node: fx.Node) -> fx.Node:
         """Return the present copy of the captured `node`'s value."""
 
     def load_encoded(self, storage: int) -> fx.Node:
         """Return the node that holds encoded storage `storage`."""
 
-    def call(self, target: Callable[..., Any], args: tuple[Argument, ...], name: str) -> fx.Node:
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Argument, ...],
+        name: str,
+        kwargs: dict[str, Argument] | None = None,
+    ) -> fx.Node:
         """Add a call."""
+
+    def key(self) -> Argument:
+        """Return what differs from one step to the next: an integer, the key of lossy encodes."""
 
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         """Add a copy of the captured `node` that reads the present copies of its inputs."""
@@ -60,6 +73,8 @@ class Instruction:
     repeatable: bool
     emit: Callable[[Emitter], None] = field(repr=False, compare=False)
     takes_over: int | None = None
+    # What it does beyond its op: it costs as much as both. Timed as a whole, the op's own scatter would hide it.
+    beyond: Callable[[Emitter], None] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class Encoded:
     of: int  # the storage that it encodes
     codec: str
     like: Tensor = field(repr=False, compare=False)
+    lossy: bool = False  # what is decoded from it differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +146,8 @@ def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.No
     items = [u for u in node.users if u.target is operator.getitem]
     if not items:
         return [node]
+    if "graphplan_in_place" in node.meta:
+        return items  # the ones that share an operand's memory have new values, too
     return [u for u in items if wanted.intersection(graph.storages_of[u.name])]
 
 

@@ -22,13 +22,14 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from graphplan.errors import CaptureError
 from graphplan.graph import Output, Primal, StorageKind
 
-_MODEL = "model."  # the capture wraps the model under this name
-
 
 class Interface:
-    """Inputs, outputs, buffer updates and gradients of a joint graph, as fx nodes."""
+    """Inputs, outputs, buffer updates and gradients of a joint graph, as fx nodes.
 
-    def __init__(self, joint: Any, model: nn.Module, traced: nn.Module) -> None:
+    `traced` is what was exported; it holds `model` under `prefix`.
+    """
+
+    def __init__(self, joint: Any, model: nn.Module, traced: nn.Module, prefix: str) -> None:
         graph = joint.graph_module.graph
         self.info = joint._aot_state.fw_metadata.output_info
         self.primals: list[tuple[Primal, fx.Node]] = []
@@ -40,7 +41,7 @@ class Interface:
                 tangent_of[desc.output] = node
                 continue
             self.by_desc[desc] = len(self.primals)
-            self.primals.append((_primal(desc, model, traced), node))
+            self.primals.append((_primal(desc, model, traced, prefix), node))
         self.mutations: list[tuple[int, fx.Node]] = []
         self.gradients: list[fx.Node | None] = [None] * len(self.primals)
         self.forward_outputs: list[fx.Node] = []
@@ -119,6 +120,12 @@ class Interface:
         self.mutations = [(new[i], n) for i, n in self.mutations]
         self.outputs = [replace(o, index=new[o.index]) if o.source == "primal" else o for o in self.outputs]
 
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old` among the results."""
+        self.gradients = [new if n is old else n for n in self.gradients]
+        self.forward_outputs = [new if n is old else n for n in self.forward_outputs]
+        self.mutations = [(i, new if n is old else n) for i, n in self.mutations]
+
     def rename(self) -> None:
         """Give graph inputs the names that a person knows them by."""
         for primal, node in self.primals:
@@ -134,7 +141,7 @@ def _rename(placeholder: fx.Node, name: str) -> None:
     placeholder.target = placeholder.name
 
 
-def _primal(desc: Any, model: nn.Module, traced: nn.Module) -> Primal:
+def _primal(desc: Any, model: nn.Module, traced: nn.Module, prefix: str) -> Primal:
     if isinstance(desc, PlainAOTInput):
         return Primal(StorageKind.INPUT, str(desc.idx), desc.idx)
     if not isinstance(desc, ParamAOTInput | BufferAOTInput):
@@ -143,8 +150,8 @@ def _primal(desc: Any, model: nn.Module, traced: nn.Module) -> Primal:
             "inputs share memory; neither can be planned"
         )
     kind = StorageKind.PARAMETER if isinstance(desc, ParamAOTInput) else StorageKind.BUFFER
-    path = desc.target.removeprefix(_MODEL)
-    if resolve(model, path) is not None:
+    path = desc.target.removeprefix(prefix)
+    if path != desc.target and resolve(model, path) is not None:
         return Primal(kind, path)
     return Primal(StorageKind.CONSTANT, path, value=resolve(traced, desc.target))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from graphplan.errors import InfeasibleBudget, PlanMismatch
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instructions
 from graphplan.lower import values_of
+from graphplan.noise import PPB, Noise
 from graphplan.plan import Decision, Plan
 from graphplan.profile import Profile
 from graphplan.units import format_bytes
@@ -33,6 +34,7 @@ class Prepared:
     loss_measured: bool
     problem: Problem
     baseline_peak_bytes: int
+    noise: Noise | None = None  # of lossy codes, where any is allowed and it was estimated or given
 
 
 def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
@@ -50,7 +52,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         budget_bytes=problem.budget_bytes,
         peak_bytes=usage.peak_bytes,
         baseline_peak_bytes=prepared.baseline_peak_bytes,
-        minimum_peak_bytes=minimum_bytes,
+        minimum_peak_bytes=min(minimum_bytes, usage.peak_bytes),
         fixed_bytes=problem.fixed_bytes,
         outside_bytes=prepared.outside_bytes,
         loss_measured=prepared.loss_measured,
@@ -68,7 +70,28 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         device=prepared.device.name,
         torch_version=torch.__version__,
         measured=prepared.profile.measured,
+        gradient_noise=problem.noise_limit_ppb / PPB,
+        noise=usage.noise_ppb / PPB,
+        noise_measured=None if usage.noise_ppb else 0.0,
+        noise_bias=None if usage.noise_ppb else 0.0,
+        update=graph.update,
+        saved=_saved(prepared, solution.schedule, usage.peak_bytes),
     )
+
+
+def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tuple[str, int], ...]:
+    """Return what memory each way of using it early or twice saves: the same schedule's peak without it."""
+    problem, items = prepared.problem, prepared.instructions.items
+    without = {"writing over operands that die": problem.out_of_place()}
+    if prepared.graph.update:
+        updates = {op.name for op in prepared.graph.ops if "graphplan_update" in op.node.meta}
+        held = [v for o, item in enumerate(items) if item.name in updates for v in problem.ops[o].reads]
+        end = problem.program[-1]
+        ops = list(problem.ops)
+        ops[end] = replace(ops[end], reads=tuple(dict.fromkeys((*ops[end].reads, *held))))
+        without["applying gradients where they are final"] = replace(problem, ops=tuple(ops))
+    peaks = {what: simulate(other, schedule).peak_bytes - peak_bytes for what, other in without.items()}
+    return tuple((what, n) for what, n in peaks.items() if n > 0)
 
 
 def schedule_of(prepared: Prepared, steps: tuple[str, ...]) -> Schedule:

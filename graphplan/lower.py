@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from graphplan.graph import Graph, StorageKind
-from graphplan.instructions import Instruction, Instructions
+from graphplan.instructions import Encoded, Instruction, Instructions
+from graphplan.noise import PPB, REFUSED_PPB, Noise
 from graphplan.profile import Profile
 from solvers import Kind, Op, Problem
 
@@ -19,18 +21,22 @@ def lower(
     outside_bytes: int,
     resident_bytes: int,
     budget_bytes: int = 0,
+    noise: Noise | None = None,
+    gradient_noise: float = 0.0,
 ) -> Problem:
     """Return the Problem of running `graph` within `budget_bytes`.
 
     Op i of the problem is instruction i; value v is the storage `values_of(graph, instructions)[v]`.
     `outside_bytes` are what the caller's loss holds at most between forward and backward, the gradients that it
     hands back included; `resident_bytes` what it keeps for the whole step (targets, the loss itself). These and
-    parameters, buffers, inputs and constants are `fixed_bytes`.
+    parameters, buffers, inputs and constants are `fixed_bytes`. Lossy encodes carry their `noise`, of which
+    `gradient_noise` is allowed; without estimates none of them is.
     """
     values = values_of(graph, instructions)
     index = {s: v for v, s in enumerate(values)}
     names = {s.id: s.name for s in graph.storages} | {e.id: e.name for e in instructions.encoded}
     sizes = {s.id: s.nbytes for s in graph.storages} | {e.id: e.nbytes for e in instructions.encoded}
+    noisy = {e.id: noise_ppb(graph, e, noise) for e in instructions.encoded if e.lossy}
 
     def to_op(i: int, item: Instruction) -> Op:
         program = i < len(instructions.program)
@@ -44,6 +50,7 @@ def lower(
             instead_of=None if program else _stands_for(graph, instructions, item),
             kind=_KINDS.get(item.kind, Kind.COMPUTE),
             takes_over=None if item.takes_over is None else index[item.takes_over],
+            noise_ppb=sum(noisy.get(s, 0) for s in item.writes),
         )
 
     ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
@@ -62,9 +69,15 @@ def lower(
         keep=frozenset(index[s] for s in graph.returned if s in index),
         fixed_bytes=graph.fixed_bytes + resident_bytes,
         budget_bytes=budget_bytes,
+        noise_limit_ppb=math.floor(gradient_noise * PPB),
     )
     problem.verify()
     return problem
+
+
+def noise_ppb(graph: Graph, code: Encoded, noise: Noise | None) -> int:
+    """Return the noise of a lossy code."""
+    return REFUSED_PPB if noise is None else noise.ppb(graph.storages[code.of].name, code.codec)
 
 
 def values_of(graph: Graph, instructions: Instructions) -> tuple[int, ...]:

@@ -6,17 +6,19 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
 from graphplan.meter import Meter, Reading, peak_of
 from graphplan.tree import Template, as_tuple
+from graphplan.whole import WholeStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Measurement:
 
 
 def measure(
-    module: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    module: nn.Module | WholeStep,
+    example_inputs: Any = (),
     loss_fn: Callable[..., Tensor] | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -56,7 +58,12 @@ def measure(
     A step is forward, `loss_fn(outputs)` (or `loss_fn(outputs, example_targets)`; without `loss_fn`, the sum of
     all floating outputs), backward; gradients are None when it begins and the caller holds outputs and loss to
     its end. Gradients, buffers and the RNG stream are put back afterwards.
+
+    A step of `train_step` is measured whole, its update included; the optimizer's state is resident. Parameters and
+    state are put back too.
     """
+    if isinstance(module, WholeStep):
+        return _measure_whole(module, example_inputs, example_targets, runs)
     example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
     loss_of = with_targets(loss_fn or default_loss, example_targets)
 
@@ -70,7 +77,23 @@ def measure(
     with preserved(module, (example_inputs, kwargs), device):
         reading = _warm_reading(module, step, device)
         times = [_timed(module, step, device) for _ in range(runs)]
-    resident = resident_bytes(module, example_inputs, kwargs, example_targets)
+    return _measurement(resident_bytes(module, example_inputs, kwargs, example_targets), reading, times)
+
+
+def _measure_whole(whole: WholeStep, inputs: Any, targets: Any, runs: int) -> Measurement:
+    device = _device_of(whole.model, (inputs, targets))
+
+    def step() -> Any:
+        return whole(inputs, targets)
+
+    with trained_back(whole.model, whole.optimizer, (inputs, targets), device):
+        reading = _warm_reading(whole.model, step, device)
+        times = [_timed(whole.model, step, device) for _ in range(runs)]
+        resident = resident_bytes(whole.model, inputs, targets, whole.state_tensors())
+    return _measurement(resident, reading, times)
+
+
+def _measurement(resident: int, reading: Reading, times: list[int]) -> Measurement:
     timeline = tuple((t, resident + level) for t, level in reading.timeline)
     return Measurement(
         resident + reading.peak_bytes,
@@ -206,6 +229,23 @@ def preserved(module: nn.Module, structures: Any, device: torch.device) -> Itera
                 for t, version, old in values:
                     if t._version != version:
                         t.copy_(old)
+
+
+@contextlib.contextmanager
+def trained_back(module: nn.Module, optimizer: Optimizer, structures: Any, device: torch.device) -> Iterator[None]:
+    """Put parameters and the optimizer's state back on leaving, and what `preserved` does."""
+    state = {p: dict(own) for p, own in optimizer.state.items()}
+    tensors = [*module.parameters(), *(v for own in state.values() for v in own.values() if isinstance(v, Tensor))]
+    values = [(t, t.detach().clone()) for t in tensors]
+    with preserved(module, structures, device):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, old in values:
+                    t.copy_(old)
+            optimizer.state.clear()
+            optimizer.state.update(state)
 
 
 def _warm_reading(module: nn.Module, step: Callable[[], Any], device: torch.device) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import networkx as nx
 import torch
@@ -10,19 +10,29 @@ from torch import fx, nn
 
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
+from graphplan.views import merge_views
 
 aten = torch.ops.aten
+Extend = Callable[[fx.Graph, Interface, set[fx.Node]], None]
 
 
-def normalise(module: fx.GraphModule, interface: Interface, model: nn.Module) -> set[fx.Node]:
-    """Rewrite the graph of `module` into the form that `build_graph` names, and return its backward nodes."""
+def normalise(
+    module: fx.GraphModule, interface: Interface, model: nn.Module, extend: Extend | None = None
+) -> set[fx.Node]:
+    """Rewrite the graph of `module` into the form that `build_graph` names, and return its backward nodes.
+
+    `extend(graph, interface, backward)` may add to the graph, and to the interface and the backward nodes with it.
+    """
     graph = module.graph
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
     _merge_tied(graph, interface, model)
+    merge_views(graph)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
     interface.rename()
+    if extend is not None:
+        extend(graph, interface, backward)
     _write_results(graph, interface)
     graph.eliminate_dead_code(is_impure_node=_is_effect)
     module.recompile()
@@ -168,4 +178,4 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _is_effect(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or is_random(node)
+    return node.op in ("placeholder", "output") or "graphplan_update" in node.meta or is_random(node)

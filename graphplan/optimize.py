@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import solvers
-from graphplan.capture import Capture, capture
+from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
-from graphplan.instructions import Codec, instructions_of
+from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import lower, outputs_bytes
+from graphplan.lower import lower, noise_ppb, outputs_bytes
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
+from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
+from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
-from graphplan.runtime import Step
 from graphplan.units import check_budget, parse_budget
 from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
+ANY_NOISE_PPB = 1 << 62
+TIGHTENINGS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,29 @@ class Options:
     device: Device | None
     loss_fn: Callable[..., Tensor] | None
     example_targets: Any
+    gradient_noise: float = 0.1
+    noise: Noise | None = None
     report: Report = quiet
+    whole_step: bool = False  # the loss and the update are in the graph: the caller does nothing between
 
     @property
     def codec_names(self) -> tuple[str, ...]:
         """Names of the codecs, as a Plan stores them."""
         return tuple(c.name for c in self.codecs)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How to capture a graph, and the batch on which the noise of lossy codes is measured (None: it is not)."""
+
+    captures: Callable[[], Capture]
+    batch: Batch | None = None
+
+    @staticmethod
+    def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Source:
+        """Return the source of a model called with these arguments."""
+        batch = Batch(model, flatten_call(args, kwargs)[1], options.loss_fn, options.example_targets)
+        return Source(lambda: capture(model, args, kwargs), batch)
 
 
 def make_options(
@@ -59,6 +80,7 @@ def make_options(
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
     report: Report = quiet,
+    noise: Noise | None = None,
 ) -> Options:
     """Check what can be checked before the model is seen, and return it as Options.
 
@@ -74,12 +96,35 @@ def make_options(
         raise GraphplanError(f"gradient_noise {gradient_noise!r} must be between 0 and 1")
     if device is not None and not isinstance(device, Device):
         raise GraphplanError(f"device must be a graphplan.Device, got {type(device).__name__}")
-    chosen = choose_codecs(codecs)
-    return Options(budget, chosen, solver, float(time_limit), device, loss_fn, example_targets, report)
+    if noise is not None and not isinstance(noise, Noise):
+        raise GraphplanError(f"noise must be a graphplan.Noise, got {type(noise).__name__}; use Noise.load(path)")
+    return Options(
+        budget=budget,
+        codecs=choose_codecs(codecs),
+        solver=solver,
+        time_limit=float(time_limit),
+        device=device,
+        loss_fn=loss_fn,
+        example_targets=example_targets,
+        gradient_noise=float(gradient_noise),
+        noise=noise,
+        report=report,
+    )
 
 
-def prepare(captured: Capture, options: Options, device: Device, *, run: bool = True) -> Prepared:
+def prepare(
+    captured: Capture,
+    options: Options,
+    device: Device,
+    *,
+    run: bool = True,
+    batch: Batch | None = None,
+    known: Noise | None = None,
+) -> Prepared:
     """Profile a captured graph and state its Problem under the budget.
+
+    The noise of lossy codes is `options.noise`, or what is `known` of the same activations in another shape, or
+    estimated on `batch`; with none of these they are not used.
 
     Raises:
         BudgetError: the budget is malformed.
@@ -87,11 +132,12 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
     graph = captured.graph
     instructions = instructions_of(graph, options.codecs)
     costs = profile(graph, instructions, device, run=run, progress=options.report)
-    outside = LossMemory(3 * outputs_bytes(graph), SCALARS_BYTES)
-    if options.loss_fn is not None:
-        outside = loss_memory(captured, options.loss_fn, options.example_targets)
-    targets = tensors_bytes(options.example_targets)
-    problem = lower(graph, instructions, costs, outside.peak_bytes, outside.held_bytes + targets)
+    outside = _outside(captured, options)
+    targets = 0 if options.whole_step else tensors_bytes(options.example_targets)
+    noise = noise_of(captured, instructions, options, batch, known)
+    cap = options.gradient_noise if noise is not None else 0.0
+    held = outside.held_bytes + targets
+    problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
     baseline = simulate(problem.out_of_place(), problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
@@ -101,10 +147,32 @@ def prepare(captured: Capture, options: Options, device: Device, *, run: bool = 
         device=device,
         codecs=options.codec_names,
         outside_bytes=outside.peak_bytes,
-        loss_measured=options.loss_fn is not None,
+        loss_measured=options.whole_step or options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
+        noise=noise,
     )
+
+
+def _outside(captured: Capture, options: Options) -> LossMemory:
+    """Return what the caller's loss holds."""
+    if options.whole_step:
+        return LossMemory(0, 0)
+    if options.loss_fn is not None:
+        return loss_memory(captured, options.loss_fn, options.example_targets)
+    return LossMemory(3 * outputs_bytes(captured.graph), SCALARS_BYTES)
+
+
+def noise_of(
+    captured: Capture, instructions: Instructions, options: Options, batch: Batch | None, known: Noise | None
+) -> Noise | None:
+    """Return the noise of the lossy codes that are offered, None when there are none or nothing is known."""
+    activations = {captured.graph.storages[e.of].name for e in instructions.encoded if e.lossy}
+    if options.noise is not None or batch is None or not activations:
+        return options.noise
+    if known is not None and known.rho.keys() == activations:
+        return known
+    return estimate(captured, instructions, batch, report=options.report)
 
 
 def find_least(prepared: Prepared, options: Options) -> Solution:
@@ -131,24 +199,57 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
     if solution.schedule is None:
-        raise infeasible(prepared, least.least_peak_bytes)
+        raise infeasible(prepared, min(least.least_peak_bytes, solution.least_peak_bytes or least.least_peak_bytes))
     return lift(prepared, solution, least.least_peak_bytes)
 
 
-def make_step(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
-    """Rewrite the captured graph by `plan`, after checking that it is this graph's and fits.
+def check_noise(
+    captured: Capture, prepared: Prepared, plan: Plan, options: Options, batch: Batch | None
+) -> tuple[Prepared, Plan]:
+    """Measure the noise of a plan's codes all at once, and plan again with larger estimates while it breaks the cap.
+
+    A plan whose codes still do after TIGHTENINGS is answered without any.
+    """
+    for tries in range(TIGHTENINGS + 1):
+        if plan.noise == 0 or prepared.noise is None or batch is None:
+            break
+        options.report("noise of the plan", 0, 1)
+        rewritten = rewrite(captured.graph, prepared.instructions, plan.steps)
+        joint = measure_noise(captured, rewritten, batch, prepared.noise.weights)
+        options.report("noise of the plan", 1, 1)
+        if joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT:
+            return prepared, replace(plan, noise_measured=joint.noise, noise_bias=joint.bias)
+        factor = max(2.0, joint.noise / plan.noise) if tries < TIGHTENINGS else math.inf
+        prepared = with_noise(prepared, prepared.noise.times(factor))
+        plan = make_plan(prepared, find_least(prepared, options), options)
+    return prepared, plan
+
+
+def with_noise(prepared: Prepared, noise: Noise) -> Prepared:
+    """Return the same with other estimates."""
+    graph, codes = prepared.graph, {e.id: e for e in prepared.instructions.encoded if e.lossy}
+    ops = list(prepared.problem.ops)
+    for i, item in enumerate(prepared.instructions.items):
+        for s in item.writes if item.kind == "encode" else ():
+            if s in codes:
+                ops[i] = replace(ops[i], noise_ppb=noise_ppb(graph, codes[s], noise))
+    return replace(prepared, problem=replace(prepared.problem, ops=tuple(ops)), noise=noise)
+
+
+def check_plan(captured: Capture, prepared: Prepared, plan: Plan) -> None:
+    """Check that `plan` can run on the captured graph and fits its budget here.
 
     Raises:
         PlanMismatch: another graph, an unknown op, an order that cannot run, or a peak above the budget.
     """
     schedule = schedule_of(prepared, plan.steps)
     try:
-        usage = simulate(prepared.problem, schedule)
+        # Its noise was judged where it was estimated; here perhaps nothing is known of it.
+        usage = simulate(replace(prepared.problem, noise_limit_ppb=ANY_NOISE_PPB), schedule)
     except solvers.InvalidSchedule as e:
         raise PlanMismatch(f"the plan cannot run on graph {captured.graph.name}: {e}") from e
     if usage.peak_bytes > plan.budget_bytes:
         raise PlanMismatch(f"the plan needs {usage.peak_bytes} bytes here; its budget is {plan.budget_bytes}")
-    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
 
 
 def check_fingerprint(plan: Plan, graph: Graph) -> None:
@@ -182,16 +283,29 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
     return lift(prepared, solution, plan.minimum_peak_bytes)
 
 
-def plan_model(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options
-) -> tuple[Capture, Prepared, Plan]:
-    """Capture, profile and plan `model` without building the program: what the CLI and tools want."""
+def plan_model(model: nn.Module, source: Source, options: Options) -> tuple[Prepared, Plan]:
+    """Capture, profile and plan without building the program: what the CLI and tools want."""
+    captured = _capture(source, options)
+    prepared = _prepare(model, captured, source, options)
+    plan = make_plan(prepared, find_least(prepared, options), options)
+    return check_noise(captured, prepared, plan, options, source.batch)
+
+
+def prepare_model(model: nn.Module, source: Source, options: Options) -> Prepared:
+    """Capture and profile without solving."""
+    return _prepare(model, _capture(source, options), source, options)
+
+
+def _capture(source: Source, options: Options) -> Capture:
     options.report("capture", 0, 1)
-    captured = capture(model, args, kwargs)
+    captured = source.captures()
     options.report("capture", 1, 1)
+    return captured
+
+
+def _prepare(model: nn.Module, captured: Capture, source: Source, options: Options) -> Prepared:
     device = options.device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, device, run=options.device is None)
-    return captured, prepared, make_plan(prepared, find_least(prepared, options), options)
+    return prepare(captured, options, device, run=options.device is None, batch=source.batch)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:

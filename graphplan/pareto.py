@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import solvers
-from graphplan.capture import capture
 from graphplan.device import Device
+from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared, lift
-from graphplan.optimize import Options, device_of, find_least, make_options, prepare
+from graphplan.optimize import Options, Source, find_least, make_options, prepare_model
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
+from graphplan.step import TrainStep
 from graphplan.tree import as_tuple
 from solvers import Limits
 
@@ -26,23 +28,31 @@ def pareto(
     *,
     points: int = 10,
     codecs: str | Iterable[str] = "exact",
+    gradient_noise: float = 0.1,
     solver: str = "auto",
     time_limit: float = 30.0,
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
     report: Report = quiet,
+    optimizer: Optimizer | None = None,
 ) -> tuple[Plan, ...]:
     """Return up to `points` plans from the least feasible peak to the unplanned one, evenly spaced in bytes.
 
     Dominated plans are left out: each returned plan is cheaper than every plan before it. `time_limit` seconds
-    are shared by all points, which `solve_family` answers together. Arguments as in `optimize`.
+    are shared by all points, which `solve_family` answers together. Arguments as in `optimize`; with an `optimizer`
+    (and a `loss_fn`), the plans are of whole steps, as `train_step` makes them.
     """
-    options = make_options("100%", codecs, 0.1, solver, time_limit, device, loss_fn, example_targets, report)
-    captured = capture(model, as_tuple(example_inputs), example_kwargs)
-    there = device or Device.this(device_of(model, captured))
-    prepared = prepare(captured, options, there, run=device is None)
-    return along(prepared, options, points)
+    options = make_options("100%", codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, report)
+    if optimizer is None:
+        source = Source.of(model, as_tuple(example_inputs), example_kwargs or {}, options)
+    elif loss_fn is None:
+        raise GraphplanError("an optimizer makes whole steps, which need loss_fn")
+    else:
+        step = TrainStep(model, loss_fn, optimizer, options)
+        options = step.options
+        source = step.source(dict(example_kwargs) if example_kwargs else example_inputs, example_targets)
+    return along(prepare_model(model, source, options), options, points)
 
 
 def along(prepared: Prepared, options: Options, points: int) -> tuple[Plan, ...]:

@@ -11,7 +11,7 @@ from graphplan.errors import PlanFormatError
 from graphplan.units import format_bytes, format_ns
 
 FORMAT = "graphplan-plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ class Plan:
     already exist cost their own bytes beside it. `overhead` is extra time over running every op once, as a
     fraction; `lower_bound_ns` bounds `cost_ns` over every plan of class `bound_class`; `gap` is
     (cost - bound) / cost. `any_bound_ns` and `any_gap` are the same for every plan in the program's order,
-    however often it recomputes after the turn.
+    however often it recomputes after the turn. `noise` is what its lossy codes are predicted to add to the
+    gradient, as a share of the gradient's variance over batches; `gradient_noise` is the cap on it. `noise_measured`
+    and `noise_bias` (which part of the error leans one way) are of all codes at once, on the example batch; 0 where
+    there is no lossy code, None where nothing was run.
     """
 
     model: str
@@ -66,6 +69,12 @@ class Plan:
     device: str
     torch_version: str
     measured: bool
+    gradient_noise: float
+    noise: float
+    noise_measured: float | None
+    noise_bias: float | None
+    update: str = ""  # of a whole step: the optimizer's function ("sgd", "adam"); the loss is inside, too
+    saved: tuple[tuple[str, int], ...] = ()  # (by what, bytes): how much higher the peak would be without it
 
     @property
     def overhead(self) -> float:
@@ -81,6 +90,13 @@ class Plan:
     def any_gap(self) -> float:
         """How far `cost_ns` may be above any plan in the program's order, as a fraction of `cost_ns`."""
         return max(0, self.cost_ns - self.any_bound_ns) / max(1, self.cost_ns)
+
+    def _noise_line(self) -> str:
+        found = "not measured"
+        if self.noise_measured is not None and self.noise_bias is not None:
+            found = f"measured {self.noise_measured:.3g}, of which bias {self.noise_bias:.0%}"
+        predicted = f"predicted {self.noise:.3g} of the gradient's variance"
+        return f"gradient noise: {predicted}, cap {self.gradient_noise:g}; {found}"
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Return (how many, bytes) of the activations of each fate."""
@@ -155,11 +171,19 @@ class Plan:
         unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"
         lines = [head, f"{unplanned}; least feasible {format_bytes(self.minimum_peak_bytes)} ({self.minimum_reason})"]
         how = "measured" if self.loss_measured else "three times the outputs: pass loss_fn to measure it"
-        lines.append(f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})")
+        if self.update:
+            lines.append(f"whole step: the loss and the update ({self.update}) are in it")
+        else:
+            lines.append(
+                f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})"
+            )
+        if self.noise or self.noise_measured:
+            lines.append(self._noise_line())
         if not self.measured:
             lines.append("some ops were estimated, not measured: the peak may be off by their workspace")
         for fate, (n, total) in self.counts().items():
             lines.append(f"{fate:<10} {n:>5} activations {format_bytes(total):>12}")
+        lines.extend(f"saved {format_bytes(n)} of peak by {what}" for what, n in self.saved)
         lines.append(f"at the peak, step {self.peak_step!r}:")
         lines.extend(f"  {format_bytes(n):>12}  {name}" for name, n in self.peak_live)
         lines.extend(f"{name}: {d}" for name, d in self.decisions.items() if d.fate != "keep")
@@ -170,11 +194,11 @@ def _checked(data: dict[str, Any]) -> Plan:
     """Build the Plan from parsed JSON, refusing a field of another type."""
     try:
         decisions = {str(k): Decision(**v) for k, v in data["decisions"].items()}
-        live = tuple((str(name), int(n)) for name, n in data["peak_live"])
+        pairs = {k: tuple((str(name), int(n)) for name, n in data[k]) for k in ("peak_live", "saved")}
     except (AttributeError, TypeError, ValueError) as e:
-        raise PlanFormatError(f"decisions or peak_live is malformed: {e}") from e
+        raise PlanFormatError(f"decisions, peak_live or saved is malformed: {e}") from e
     for f in fields(Plan):
-        value, wanted = data[f.name], {"int": int, "str": str, "bool": bool}.get(str(f.type))
+        value, wanted = data[f.name], {"int": int, "str": str, "bool": bool, "float": float}.get(str(f.type))
         if wanted is not None and type(value) is not wanted:
             raise PlanFormatError(f"field {f.name!r} is {value!r}, expected {f.type}")
     for name in ("steps", "codecs"):
@@ -183,4 +207,4 @@ def _checked(data: dict[str, Any]) -> Plan:
     if any(d.fate not in ("keep", "recompute", "compress") for d in decisions.values()):
         raise PlanFormatError("a decision has an unknown fate")
     lists = {"steps": tuple(data["steps"]), "codecs": tuple(data["codecs"])}
-    return Plan(**{**data, **lists, "decisions": decisions, "peak_live": live})
+    return Plan(**{**data, **lists, **pairs, "decisions": decisions})

@@ -4,54 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
-from graphplan.capture import Capture, call_key, capture, check_model, flatten_call
+from graphplan.capture import Capture, call_key, check_model, flatten_call
 from graphplan.device import Device
-from graphplan.errors import GraphplanError
-from graphplan.lift import Prepared, schedule_of
-from graphplan.optimize import (
-    Options,
-    carry,
-    check_fingerprint,
-    device_of,
-    find_least,
-    make_options,
-    make_plan,
-    make_step,
-    prepare,
-)
+from graphplan.errors import GraphplanError, PlanMismatch
+from graphplan.lift import Prepared
+from graphplan.noise import Noise
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
-from graphplan.progress import bars
+from graphplan.planner import Entry, Planner, state_key
+from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.step import TrainStep, apply_step
 from graphplan.tree import as_tuple
-from graphplan.units import check_budget, parse_budget
-from solvers import Schedule, Solution
+from graphplan.units import check_budget
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One plan and the program that runs it."""
-
-    prepared: Prepared
-    plan: Plan
-    step: Step
-
-
-@dataclass(slots=True)
-class _Ground:
-    """What planning one graph needs, whatever the budget."""
-
-    captured: Capture
-    prepared: Prepared
-    least: Solution | None = None
-    schedules: list[Schedule] = field(default_factory=list)  # of plans made so far, at any budget
 
 
 class PlannedModule(nn.Module):
@@ -69,10 +43,7 @@ class PlannedModule(nn.Module):
         self.__dict__["_model"] = model
         self.training = model.training
         self._options = options
-        self._device: Device | None = options.device
-        self._entries: dict[Hashable, Entry] = {}
-        self._grounds: dict[Hashable, _Ground] = {}
-        self._latest: Entry | None = None
+        self._planner = Planner(options, model, _build)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: planned while training with gradients, plain otherwise."""
@@ -80,21 +51,12 @@ class PlannedModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
-        key = (call_key(template, tensors), self._state_key())
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._entries[key] = self._make_entry(key, args, kwargs)
-        self._latest = entry
-        return entry.step.run(model, tensors)
+        key = (call_key(template, tensors), state_key(self))
+        return self._planner.entry(key, lambda: self._source(args, kwargs)).step.run(model, tensors)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
-        key = self._training_key(args, kwargs)
-        if key not in self._entries:
-            with torch.enable_grad():
-                self._entries[key] = self._make_entry(key, args, kwargs)
-        self._latest = self._entries[key]
-        return self._latest.plan
+        return self._planner.entry(self._training_key(args, kwargs), lambda: self._source(args, kwargs)).plan
 
     def adopt(self, plan: Plan, *args: Any, **kwargs: Any) -> None:
         """Execute `plan`, made elsewhere, for inputs like these; nothing is solved.
@@ -102,18 +64,13 @@ class PlannedModule(nn.Module):
         Raises:
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
-        key = self._training_key(args, kwargs)
-        with bars() as report, torch.enable_grad():
-            ground = self._ground(key, args, kwargs, replace(self._options, report=report))
-        check_fingerprint(plan, ground.captured.graph)
-        self._latest = Entry(ground.prepared, plan, make_step(ground.captured, ground.prepared, plan))
-        self._entries[key] = self._latest
+        self._planner.adopt(plan, self._training_key(args, kwargs), lambda: self._source(args, kwargs))
 
     def at_budget(self, budget: int | str) -> PlannedModule:
         """Return the same model planned for another budget, from what is already captured and measured."""
         check_budget(budget)
         new = PlannedModule(self._model, replace(self._options, budget=budget))
-        new._device, new._grounds = self._device, self._grounds
+        new._planner.share(self._planner)
         return new
 
     @property
@@ -139,9 +96,7 @@ class PlannedModule(nn.Module):
     @property
     def device_profile(self) -> Device:
         """What was measured of this machine so far; save it to plan for this machine elsewhere."""
-        if self._device is None:
-            raise GraphplanError("nothing is profiled yet: call the model on a training batch first")
-        return self._device
+        return self._planner.profiled()
 
     def train(self, mode: bool = True) -> PlannedModule:
         """Set training mode here and on the model."""
@@ -169,54 +124,30 @@ class PlannedModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedModule:
         """Copy the model; share the plans, which hold no parameter."""
         new = PlannedModule(copy.deepcopy(self._model, memo), self._options)
-        new._device, new._latest, new._grounds = self._device, self._latest, self._grounds
-        new._entries = dict(self._entries)
+        new._planner.copy_of(self._planner)
         memo[id(self)] = new
         return new
 
-    def entry(self) -> Entry:
+    def entry(self) -> Entry[Step]:
         """Return the latest plan with what it was made from and the program that runs it."""
-        if self._latest is None:
-            raise GraphplanError("no plan yet: pass example_inputs to optimize, or call the model on a training batch")
-        return self._latest
+        return self._planner.present()
+
+    @property
+    def _entries(self) -> dict[Hashable, Entry[Step]]:
+        return self._planner.entries
+
+    def _source(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Source:
+        return Source.of(self._model, args, kwargs, self._options)
 
     def _training_key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
         if not self.training:
             raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
         template, tensors = flatten_call(args, kwargs)
-        return (call_key(template, tensors), self._state_key())
+        return (call_key(template, tensors), state_key(self))
 
-    def _state_key(self) -> Hashable:
-        """Return what of the model's state a captured graph depends on."""
-        parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in self.parameters())
-        autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-        return (parameters, tuple(m.training for m in self.modules()), autocast)
 
-    def _make_entry(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Entry:
-        with bars() as report:
-            options = replace(self._options, report=report)
-            ground = self._ground(key, args, kwargs, options)
-            prepared = ground.prepared
-            known = self._latest.plan if self._latest is not None else None
-            plan = carry(known, prepared, options) if known is not None else None
-            if plan is None:
-                ground.least = ground.least or find_least(prepared, options)
-                plan = make_plan(prepared, ground.least, options, tuple(ground.schedules))
-                ground.schedules.append(schedule_of(prepared, plan.steps))
-            return Entry(prepared, plan, make_step(ground.captured, prepared, plan))
-
-    def _ground(self, key: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> _Ground:
-        ground = self._grounds.get(key)
-        if ground is not None:  # captured for another budget
-            problem = ground.prepared.problem
-            budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
-            prepared = replace(ground.prepared, problem=problem.with_budget(budget))
-            return replace(ground, prepared=prepared)  # the list of schedules is shared
-        captured = capture(self._model, args, kwargs)
-        self._device = self._device or Device.this(device_of(self._model, captured))
-        prepared = prepare(captured, options, self._device, run=options.device is None)
-        self._grounds[key] = _Ground(captured, prepared)
-        return self._grounds[key]
+def _build(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
+    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
 
 
 def optimize(
@@ -231,6 +162,7 @@ def optimize(
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
+    noise: Noise | None = None,
 ) -> PlannedModule:
     """Return `model` rewritten to train within `budget` bytes of tensor memory a step.
 
@@ -240,27 +172,34 @@ def optimize(
             parameters, buffers, inputs, gradients, activations, every op's workspace and the caller's loss.
         example_inputs: one training batch, as a tuple; None: plan at the first training call.
         example_kwargs: keyword arguments that go with `example_inputs`.
-        codecs: "none", "exact" (bit-identical gradients), or names from `graphplan.CODECS`.
-        gradient_noise: the cap on added gradient noise; only lossy codecs use it.
+        codecs: "none", "exact" (bit-identical gradients), "lossy" (rounded activations too, their noise estimated
+            on the example batch and measured for the plan), or names from `graphplan.CODECS`.
+        gradient_noise: the cap on what lossy codecs add to the gradient, as a share of the variance that it has
+            over batches: 0.1 costs about as much as a batch a tenth smaller.
         solver: a name from `solvers.SOLVERS`.
         time_limit: seconds for solving.
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
         example_targets: second argument of `loss_fn`, if it takes one.
+        noise: estimates made before (`graphplan.estimate_noise`); None estimates with this batch and `loss_fn`,
+            which takes the memory of all activations and their gradients once.
 
     Raises:
         BudgetError: the budget cannot be read.
         InfeasibleBudget: no plan fits; `.minimum_bytes` would.
         UnsupportedModel, CaptureError: the model cannot be trained or captured; the message says where.
     """
-    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets)
+    options = make_options(
+        budget, codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, noise=noise
+    )
     planned = PlannedModule(model, options)
     if example_inputs is not None or example_kwargs is not None:
         planned.prepare(*as_tuple(example_inputs), **dict(example_kwargs or {}))
     return planned
 
 
+@overload
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -269,10 +208,41 @@ def apply(
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
     device: Device | None = None,
-) -> PlannedModule:
+    optimizer: None = None,
+) -> PlannedModule: ...
+
+
+@overload
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    example_kwargs: None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    device: Device | None = None,
+    *,
+    optimizer: Optimizer,
+    **step_options: Any,
+) -> TrainStep: ...
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    device: Device | None = None,
+    optimizer: Optimizer | None = None,
+    **step_options: Any,
+) -> PlannedModule | TrainStep:
     """Return `model` executing a plan that was made elsewhere for the same graph: no solving here.
 
-    Each op's workspace is measured on this machine, or taken from a saved `device`.
+    Each op's workspace is measured on this machine, or taken from a saved `device`. A plan of `train_step` needs
+    its `loss_fn` and an `optimizer` like the one that it was made for, and gives a TrainStep; `step_options` are then
+    `keep_grads`, `clip_value` and `clip_norm`, as there.
 
     Raises:
         PlanMismatch: the plan is for another graph, names an op that this one lacks, or does not fit its own
@@ -280,6 +250,13 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise GraphplanError(f"expected a graphplan.Plan, got {type(plan).__name__}; use Plan.load(path)")
+    if plan.update and (optimizer is None or loss_fn is None):
+        raise PlanMismatch(f"the plan is of a whole step with {plan.update}: pass loss_fn= and optimizer=")
+    if optimizer is not None and not plan.update:
+        raise PlanMismatch("the plan is of forward and backward only: leave optimizer= away, or plan with train_step")
+    if optimizer is not None and loss_fn is not None:
+        inputs = example_inputs if example_kwargs is None else dict(example_kwargs)
+        return apply_step(model, loss_fn, optimizer, plan, inputs, example_targets, device=device, **step_options)
     options = make_options(
         plan.budget_bytes, plan.codecs or "none", device=device, loss_fn=loss_fn, example_targets=example_targets
     )

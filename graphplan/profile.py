@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,9 +48,12 @@ def profile(
     So is an op that refuses to run on made-up values; `measured` is then False.
     """
     probes = [_probe(graph, instructions, item) for item in instructions.items]
-    missing = {p.key: p for p in probes if p is not None and p.key not in device.samples}
+    extra = {i: _beyond(graph, instructions, item) for i, item in enumerate(instructions.items) if item.beyond}
+    every = (*(p for p in probes if p is not None), *extra.values())
+    missing = {p.key: p for p in every if p.key not in device.samples}
     if run and missing:
         device.samples.update(_measure(list(missing.values()), graph, progress))
+        _add_up(graph, instructions, device, probes, {i: p for i, p in extra.items() if _key(probes[i]) in missing})
     samples = [
         None if p is None else device.samples.get(p.key) or device.estimate(p.target, p.touched_bytes) for p in probes
     ]
@@ -62,28 +65,57 @@ def profile(
     )
 
 
+def _add_up(
+    graph: Graph, instructions: Instructions, device: Device, probes: Sequence[_Probe | None], extra: dict[int, _Probe]
+) -> None:
+    """Price instructions that do something beyond their op: both times, each measured alone."""
+    for i, beyond in extra.items():
+        item, own = instructions.items[i], _key(probes[i])
+        assert item.op is not None
+        op = _key(probes[item.op if item.op < instructions.turn else item.op + 1])
+        parts = [device.samples.get(k) for k in (own, op, beyond.key)]
+        if all(parts):
+            whole, alone, more = (p for p in parts if p is not None)
+            device.samples[own] = replace(whole, cost_ns=alone.cost_ns + more.cost_ns)
+
+
+def _beyond(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe:
+    assert item.beyond is not None
+    probe = _probe(graph, instructions, replace(item, kind="decode", op=None, emit=item.beyond, writes=()))
+    assert probe is not None
+    return probe
+
+
+def _key(probe: _Probe | None) -> str:
+    return "" if probe is None else probe.key
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Probe:
     """One instruction as a small graph of its own."""
 
     module: fx.GraphModule
-    inputs: tuple[Tensor, ...]  # fake or meta tensors that say the shapes
+    inputs: tuple[Any, ...]  # fake or meta tensors that say the shapes; an optimizer's state and settings as dicts
     written_bytes: int
     target: str
     key: str
+    timed: bool  # False: its parts are
 
     @property
     def touched_bytes(self) -> int:
-        return self.written_bytes + sum(t.numel() * t.element_size() for t in self.inputs)
+        tensors = (t for v in self.inputs for t in (v.values() if isinstance(v, dict) else (v,)))
+        return self.written_bytes + sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 class _Isolated:
     """An Emitter that makes every value that is loaded an input, and every value that is stored an output."""
 
+    takes_over = False
+
     def __init__(self, instructions: Instructions) -> None:
         self.graph = fx.Graph()
         self.encoded = {e.id: e for e in instructions.encoded}
-        self.inputs: dict[Any, tuple[fx.Node, Tensor]] = {}
+        self.inputs: dict[Any, tuple[fx.Node, Any]] = {}
         self.outputs: list[fx.Node] = []
 
     def load(self, node: fx.Node) -> fx.Node:
@@ -92,8 +124,13 @@ class _Isolated:
     def load_encoded(self, storage: int) -> fx.Node:
         return self._input(storage, self.encoded[storage].like)
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
-        return self.graph.call_function(target, args)
+    def call(
+        self, target: Callable[..., Any], args: tuple[Any, ...], name: str, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def key(self) -> int:
+        return 0
 
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         return self.graph.node_copy(node, self.load)
@@ -104,7 +141,7 @@ class _Isolated:
     def store_encoded(self, storage: int, value: fx.Node) -> None:
         self.outputs.append(value)
 
-    def _input(self, key: Any, val: Tensor) -> fx.Node:
+    def _input(self, key: Any, val: Any) -> fx.Node:
         if key not in self.inputs:
             # Placeholders must stand first: made here, moved by `_probe`.
             self.inputs[key] = (self.graph.placeholder(f"x{len(self.inputs)}"), val)
@@ -126,11 +163,13 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     sizes = {e.id: e.nbytes for e in instructions.encoded}
     written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
     body = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in _renamed(out.graph)]
-    shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in inputs]
+    shapes = [_described(v) for v in inputs]
     target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
     device = _device_of(graph)
     text = f"{body}|{shapes}|{written}|{device.type}"
-    return _Probe(fx.GraphModule({}, out.graph), inputs, written, target, sample_key(text))
+    return _Probe(
+        fx.GraphModule({}, out.graph), inputs, written, target, sample_key(text), item.beyond is None or item.op is None
+    )
 
 
 def _renamed(graph: fx.Graph) -> list[fx.Node]:
@@ -168,7 +207,7 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
         readings = [r for r, ok in zip(meter.readings, (p in ran for p in probes), strict=True) if ok]
         for i, (probe, reading) in enumerate(zip(ran, readings, strict=True)):
             inputs = [_make(t, device) for t in probe.inputs]
-            cost_ns = _time(probe.module, inputs, device)
+            cost_ns = _time(probe.module, inputs, device) if probe.timed else 0
             del inputs
             scratch = max(0, reading.peak_bytes - probe.written_bytes)
             samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch)
@@ -189,13 +228,26 @@ def _runs(probe: _Probe, meter: Meter, device: torch.device) -> bool:
     return True
 
 
-def _make(like: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere)."""
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), str(value.dtype))
+    return {k: _described(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _make(like: Any, device: torch.device) -> Any:
+    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere).
+
+    Of a dict, a dict of such tensors; other values in it stay.
+    """
+    if isinstance(like, dict):
+        return {k: _make(v, device) for k, v in like.items()}
+    if not isinstance(like, Tensor):
+        return like
     made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     return made.fill_(0.5) if like.dtype.is_floating_point else made.zero_()
 
 
-def _time(run: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> int:
+def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device) -> int:
     """Return the median ns of one call, warm."""
     sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     run(*inputs)

@@ -17,18 +17,22 @@ from graphplan.in_place import written_over
 from graphplan.instructions import END, TURN, Instruction, Instructions
 from solvers import take_overs
 
+KEY = "step_key"
+
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
     """A planned step: the joint graph to read, and its two halves to run (boxed: they empty their argument list).
 
-    forward: primals -> forward outputs, then what it saves; backward: saved, then tangents -> gradients.
+    forward: primals (then the key, if `keyed`) -> forward outputs, then what it saves; backward: saved, then tangents
+    -> gradients.
     """
 
     joint: fx.GraphModule
     forward: fx.GraphModule
     backward: fx.GraphModule
     outputs: int  # how many of the forward half's results are the model's
+    keyed: bool = False  # the forward half takes the key of lossy encodes after the primals
 
 
 def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, in_place: bool = True) -> Rewritten:
@@ -39,6 +43,28 @@ def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, i
     Raises:
         PlanMismatch: a step that this graph does not offer, or that reads a value which is not live.
     """
+    joint, turn, outputs, writer = _write(graph, instructions, steps, in_place)
+    forward, backward = _halves(graph, joint, turn, outputs, writer.made_views)
+    return Rewritten(joint, forward, backward, outputs, writer.key_node is not None)
+
+
+def rewrite_whole(
+    graph: Graph, instructions: Instructions, steps: Sequence[str], *, in_place: bool = True
+) -> fx.GraphModule:
+    """Return the program of a graph that needs nothing from outside between its halves, as one boxed module.
+
+    primals -> forward outputs, then the gradients that the graph returns. Arguments and errors as in `rewrite`.
+    """
+    joint, _, _, _ = _write(graph, instructions, steps, in_place)
+    results = joint.graph.output_node().args[0]
+    joint.graph.output_node().args = (tuple(n for n in results if n is not None),)  # type: ignore[union-attr]
+    return _boxed(joint, joint.graph, "")
+
+
+def _write(
+    graph: Graph, instructions: Instructions, steps: Sequence[str], in_place: bool
+) -> tuple[fx.GraphModule, str, int, _Writer]:
+    """Return (the joint module, the last node of the turn, how many results are the model's, what wrote it)."""
     index = instructions.by_name()
     unknown = next((s for s in steps if s not in index), None)
     if unknown is not None:
@@ -64,8 +90,7 @@ def rewrite(graph: Graph, instructions: Instructions, steps: Sequence[str], *, i
         raise PlanMismatch(f"the plan does not run {TURN!r} and {END!r}")
     writer.graph.lint()
     joint = fx.GraphModule(graph.module, writer.graph, f"{graph.name}Step")
-    forward, backward = _halves(graph, joint, turn.name, len(results), writer.made_views)
-    return Rewritten(joint, forward, backward, len(results))
+    return joint, turn.name, len(results), writer
 
 
 class _Writer:
@@ -80,6 +105,8 @@ class _Writer:
         self.views: dict[int, set[fx.Node]] = defaultdict(set)
         self.made_views: set[str] = set()
         self.encoded: dict[int, fx.Node] = {}
+        self.key_node: fx.Node | None = None
+        self.updated: set[int] = set()  # storages of the parameters that have their new values
         self.used: set[str] = set()
         self.op_names = frozenset(op.name for op in graph.ops)
         for node in graph.module.graph.find_nodes(op="placeholder"):
@@ -89,6 +116,10 @@ class _Writer:
         self.step = item.name
         self.over = None if taken is None or item.op is None else (self.source.ops[item.op], taken)
 
+    @property
+    def takes_over(self) -> bool:
+        return self.over is not None
+
     def finished(self) -> bool:
         return bool(self.last().op == "output")
 
@@ -97,6 +128,8 @@ class _Writer:
         return nodes[-1]
 
     def load(self, node: fx.Node) -> fx.Node:
+        if self.updated and not self.updated.isdisjoint(self.source.storages_of[node.name]):
+            raise PlanMismatch(f"step {self.step!r} reads parameter {node.name!r} after its update")
         if node in self.env:
             return self.env[node]
         if node.op == "get_attr":
@@ -117,8 +150,17 @@ class _Writer:
             raise PlanMismatch(f"step {self.step!r} reads an encoding that was not made")
         return self.encoded[storage]
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
-        return self._create("call_function", target, args, {}, name, None)
+    def call(
+        self, target: Callable[..., Any], args: tuple[Any, ...], name: str, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        return self._create("call_function", target, args, kwargs or {}, name, None)
+
+    def key(self) -> fx.Node:
+        if self.key_node is None:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.key_node = self._create("placeholder", KEY, (), {}, KEY, None)
+        return self.key_node
 
     def copy(self, node: fx.Node, name: str) -> fx.Node:
         args = fx.map_arg(node.args, self.load)
@@ -126,6 +168,8 @@ class _Writer:
         target = node.target
         if self.over is not None and self.over[0].node is node:
             target, args, kwargs = written_over(self.source, *self.over, args, kwargs)
+        if "graphplan_update" in node.meta:
+            self.updated.update(self.source.storages_of[node.all_input_nodes[0].name])
         return self._create(node.op, target, args, kwargs, name, node)
 
     def store(self, node: fx.Node, value: fx.Node) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
@@ -24,6 +26,7 @@ class Step:
     capture: Capture
     rewritten: Rewritten
     tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
+    count: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)  # of the steps run
 
     @staticmethod
     def of(capture: Capture, rewritten: Rewritten) -> Step:
@@ -32,19 +35,23 @@ class Step:
         strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in capture.graph.tangents)
         return Step(capture, rewritten, tuple(strides))
 
+    def key(self) -> tuple[int, ...]:
+        """Return what the forward half takes beside the primals: for lossy encodes, the key of the next step."""
+        return (functions.mix(torch.initial_seed(), next(self.count)),) if self.rewritten.keyed else ()
+
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Return what the model returns for input `tensors`, ready for one backward."""
         graph = self.capture.graph
-        primals = [_bind(p, model, tensors) for p in graph.primals]
+        primals = [bind(p, model, tensors) for p in graph.primals]
         fresh = _Planned.apply(self, *primals)  # type: ignore[no-untyped-call]
-        return self.capture.outputs.fill([_output(o, fresh, primals) for o in graph.outputs])
+        return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
 
 
 class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:
         with torch._C._DisableAutocast():
-            results = step.rewritten.forward(list(primals))
+            results = step.rewritten.forward([*primals, *step.key()])
         outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
         del results
         tangents = step.capture.graph.tangents
@@ -62,7 +69,7 @@ class _Planned(torch.autograd.Function):
         arguments = _take_saved(ctx)
         for stride, grad in zip(ctx.step.tangent_strides, gradients, strict=True):
             if stride is not None:
-                arguments.append(_like_traced(grad, stride))
+                arguments.append(like_traced(grad, stride))
         with torch._C._DisableAutocast():
             return (None, *ctx.step.rewritten.backward(arguments))
 
@@ -83,14 +90,15 @@ def _take_saved(ctx: Any) -> list[Tensor]:
     return saved
 
 
-def _like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return `grad` with the strides that the backward was traced for."""
     if all(a == b for a, b, n in zip(grad.stride(), stride, grad.shape, strict=True) if n > 1):
         return grad
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+def bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensor that stands for a graph input in this call."""
     if primal.index >= 0:
         return tensors[primal.index]
     value = primal.value if primal.value is not None else resolve(model, primal.path)
@@ -99,7 +107,8 @@ def _bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor
     return value
 
 
-def _output(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
+def output_of(output: Output, fresh: Sequence[Tensor], primals: Sequence[Tensor]) -> Tensor:
+    """Return one tensor that the model returns, from the forward half's results `fresh` and its inputs."""
     base = fresh[output.index] if output.source == "forward" else primals[output.index]
     if output.detached and base.requires_grad:
         base = base.detach()

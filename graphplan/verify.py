@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphplan.errors import PromiseBroken
-from graphplan.measure import SCALARS_BYTES, default_loss, measure, preserved, with_targets
+from graphplan.errors import GraphplanError, PromiseBroken
+from graphplan.measure import SCALARS_BYTES, default_loss, measure, preserved, trained_back, with_targets
+from graphplan.noise import BIAS_LIMIT, JointNoise, measure_noise
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
+from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.step import TrainStep
 from graphplan.tree import Template, as_tuple
 from graphplan.units import format_bytes
 
@@ -54,12 +57,14 @@ class _Outcome:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     rng: dict[str, Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # of a whole step, after its update
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def verify(
-    planned: PlannedModule,
+    planned: PlannedModule | TrainStep,
     model: nn.Module,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
@@ -68,11 +73,15 @@ def verify(
     """Check every promise on one training step of these inputs and return the Report.
 
     Outputs, gradients, buffers and the RNG stream must equal the unplanned joint graph's bit for bit, and the
-    plain model's within rounding; the measured peak must be within the budget and 1 % of the prediction.
+    plain model's within rounding; the measured peak must be within the budget and 1 % of the prediction. Where the
+    plan has lossy codes, what they add to the gradient of these inputs must be within its `gradient_noise` instead.
+    Of a step of `train_step`, parameters and the optimizer's state after the update are compared too.
 
     Raises:
         PromiseBroken: names the first thing that differs, with the figure.
     """
+    if isinstance(planned, TrainStep):
+        return _verify_whole(planned, model, example_inputs, example_targets)
     example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
     loss_of = with_targets(loss_fn or default_loss, example_targets)
     planned.prepare(*example_inputs, **kwargs)
@@ -89,18 +98,55 @@ def verify(
     plain = outcome(lambda: model(*example_inputs, **kwargs))
     joint = outcome(lambda: unplanned.run(model, tensors))
     ours = outcome(lambda: planned(*example_inputs, **kwargs))
+    lossy = entry.plan.noise > 0
+    what = [f.name for f in fields(_Outcome) if not (lossy and f.name == "gradients")]
     checks = [
-        *_compare("unplanned graph", joint, ours, exact=True),
-        *_compare("plain model", plain, ours, exact=False),
+        *_compare("unplanned graph", joint, ours, what, exact=True),
+        *_compare("plain model", plain, ours, what, exact=False),
     ]
+    if lossy:
+        batch = Batch(model, tensors, loss_fn, example_targets)
+        checks.append(_noise_check(measure_noise(capture, entry.step.rewritten, batch), entry.plan))
     loss = loss_fn or default_loss
     measured = measure(
         planned, example_inputs, loss, example_kwargs=kwargs, example_targets=example_targets, runs=1
     ).peak_bytes
-    checks.extend(_peak_checks(measured, entry.plan))
-    report = Report(tuple(checks), measured, entry.plan.peak_bytes)
+    return _report(checks, measured, entry.plan)
+
+
+def _verify_whole(step: TrainStep, model: nn.Module, inputs: Any, targets: Any) -> Report:
+    if model is not step.model:
+        raise GraphplanError("a step belongs to the model it was made for: pass that one")
+    plan = step.prepare(inputs, targets)
+    device = next(model.parameters()).device
+
+    def outcome(call: Callable[..., Tensor]) -> _Outcome:
+        with trained_back(model, step.optimizer, (inputs, targets), device):
+            loss = call(inputs, targets)
+            names = {id(p): n for n, p in model.named_parameters()}
+            states = ((names[id(p)], own) for p, own in step.optimizer.state.items())
+            return _Outcome(
+                outputs={"loss": loss},
+                gradients={},
+                buffers={n: b.clone() for n, b in model.named_buffers()},
+                rng={"cpu": torch.get_rng_state()},
+                parameters={n: p.detach().clone() for n, p in model.named_parameters()},
+                state={f"{n}.{k}": v.clone() for n, own in states for k, v in own.items() if isinstance(v, Tensor)},
+            )
+
+    plain, joint, ours = outcome(step.run_plain), outcome(step.run_unplanned), outcome(step)
+    what = [f.name for f in fields(_Outcome)]
+    checks = [
+        *_compare("unplanned graph", joint, ours, what, exact=True),
+        *_compare("plain loop", plain, ours, what, exact=False),
+    ]
+    return _report(checks, measure(step, inputs, example_targets=targets, runs=1).peak_bytes, plan)
+
+
+def _report(checks: list[Check], measured: int, plan: Plan) -> Report:
+    report = Report((*checks, *_peak_checks(measured, plan)), measured, plan.peak_bytes)
     if not report.ok:
-        raise PromiseBroken(str(next(c for c in checks if not c.ok)) + "\n" + str(report))
+        raise PromiseBroken(str(next(c for c in report.checks if not c.ok)) + "\n" + str(report))
     return report
 
 
@@ -119,9 +165,11 @@ def _step(
     )
 
 
-def _compare(other: str, expected: _Outcome, got: _Outcome, *, exact: bool) -> Iterator[Check]:
-    for what in ("outputs", "gradients", "buffers", "rng"):
+def _compare(other: str, expected: _Outcome, got: _Outcome, compared: Iterable[str], *, exact: bool) -> Iterator[Check]:
+    for what in compared:
         a, b = getattr(expected, what), getattr(got, what)
+        if not a and not b:
+            continue
         wrong = _first_difference(a, b, exact=exact or what == "rng")
         how = "equal to the bit" if exact or what == "rng" else "equal within rounding"
         yield Check(f"{what} against the {other}", wrong is None, wrong or f"{len(a)} {how}")
@@ -154,6 +202,12 @@ def _close(x: Tensor, y: Tensor, largest: float) -> bool:
 
 def _magnitude(x: Tensor) -> float:
     return float(x.double().abs().max()) if x.numel() and x.is_floating_point() else 0.0
+
+
+def _noise_check(joint: JointNoise, plan: Plan) -> Check:
+    shown = f"measured {joint.noise:.3g} of the gradient's variance, predicted {plan.noise:.3g}"
+    ok = joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT
+    return Check("gradient noise", ok, f"{shown}, cap {plan.gradient_noise:g}; bias {joint.bias:.0%} of it")
 
 
 def _peak_checks(measured: int, plan: Plan) -> Iterator[Check]:

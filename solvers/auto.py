@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
+from solvers.again import fit_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.evaluate import Fates, fates_of, keep_everything, to_schedule
 from solvers.greedy import improve, polish
-from solvers.ilp import closed, prove
+from solvers.ilp import answer_any, closed, prove
 from solvers.least import Least, find_least
 from solvers.problem import Limits, Problem, Solution, Status
 from solvers.search import Search
@@ -43,10 +42,9 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     for fates in fitting:
         relax(search, units, fates)
     search.share, search.stage = 1.0, "least_peak"
-    if search.schedule is None and not _from_least(search, units):
-        return _without_plan(search, ONE_RECOMPUTE)
+    answer = None if search.fates is not None else _below_single(search, units)
     search.stage = "ilp"
-    return prove(search, units)[0]
+    return answer or prove(search, units)[0]
 
 
 def offer_known(search: Search, units: Units) -> list[Fates]:
@@ -72,15 +70,21 @@ def relax(search: Search, units: Units, fates: Fates) -> None:
     search.offer(to_schedule(units, fates), fates)
 
 
-def _from_least(search: Search, units: Units) -> bool:
-    """Offer the plan of the least peak, polished; return whether it fits."""
-    least = _least(search)
-    if least.peak_bytes > search.problem.budget_bytes:
-        return False
-    fates = np.array(least.fates, np.int16)
-    search.offer(least.schedule, fates)
-    relax(search, units, fates)
-    return True
+def _below_single(search: Search, units: Units) -> Solution | None:
+    """Offer the plan of the least peak, or one that recomputes more; return the answer if nothing else can fit."""
+    least, budget = _least(search), search.problem.budget_bytes
+    single = least.single
+    if single.peak_bytes <= budget:
+        search.offer(single.schedule, single.vector)
+        relax(search, units, single.vector)
+        return None
+    if least.peak_bytes <= budget:
+        search.offer(least.schedule)
+    if search.schedule is None:
+        return _without_plan(search, ONE_RECOMPUTE)
+    search.stage = "again"
+    fit_again(search, units, single)
+    return answer_any(search, units) if single.bound_bytes > budget else None
 
 
 def _least(search: Search) -> Least:
@@ -89,7 +93,7 @@ def _least(search: Search) -> Least:
 
 def _without_plan(search: Search, bound_class: str, proven: bool = False) -> Solution:
     least = _least(search)
-    proven = proven or bound_class == ANY_PLAN or least.bound_bytes > search.problem.budget_bytes
+    proven = proven or bound_class == ANY_PLAN or least.single.bound_bytes > search.problem.budget_bytes
     status = Status.INFEASIBLE if proven else Status.NOT_FOUND
     bound = search.bound_ns or 0
     return Solution(status, None, bound, bound_class, "auto", search.seconds(), least.peak_bytes)

@@ -49,6 +49,7 @@ class EpochModel:
         self._variables()
         self._availability()
         self._clashes()
+        self._noise()
         self._memory(budget_bytes)
         if self.peak is None:
             self.model.minimize(cp_model.LinearExpr.weighted_sum(*self._cost()))
@@ -125,6 +126,18 @@ class EpochModel:
     def _clashes(self) -> None:
         for group in self.units.clashes:
             self.model.add_at_most_one(self.chosen[a][m] for a, m in group)
+
+    def _noise(self) -> None:
+        """The noise of all chosen fates together is within the limit."""
+        noisy = [
+            (self.chosen[a][m], fate.noise_ppb)
+            for a, unit in enumerate(self.units.units)
+            for m, fate in enumerate(unit.fates)
+            if fate.noise_ppb
+        ]
+        if noisy:
+            variables, noise = [x for x, _ in noisy], [n for _, n in noisy]
+            self.model.add(cp_model.LinearExpr.weighted_sum(variables, noise) <= self.units.problem.noise_limit_ppb)
 
     def _memory(self, budget_bytes: int | None) -> None:
         """At each row: what is always there, plus what the fates hold, is within the budget (or the peak)."""

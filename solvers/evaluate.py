@@ -107,6 +107,21 @@ def fates_of(units: Units, schedule: Schedule) -> Fates | None:
         return None
 
 
+def allowed(units: Units, fates: Fates) -> Fates:
+    """Return `fates` with units kept instead until it is not refused: of those that clash, then the noisiest."""
+    fates = fates.copy()
+    for group in units.clashes:
+        for a, _ in [(a, m) for a, m in group if fates[a] == m][1:]:
+            fates[a] = 0
+    noise = np.array([u.fates[m].noise_ppb for u, m in zip(units.units, fates, strict=True)], np.int64)
+    total = int(noise.sum())
+    for a in np.argsort(-noise, kind="stable"):
+        if total <= units.problem.noise_limit_ppb:
+            break
+        fates[a], total = 0, total - int(noise[a])
+    return fates
+
+
 def exact(units: Units, fates: Fates) -> Usage:
     """Return what `simulate` says about the schedule of a fate vector."""
     return simulate(units.problem, to_schedule(units, fates))
@@ -118,14 +133,16 @@ class Profiles:
 
     cost_ns: Int64  # (plan,)
     bytes_at: Int64  # (position, plan)
+    refused: NDArray[np.bool_]  # (plan,): more noise than the problem allows, or two alternatives for one op
 
     def peak_bytes(self) -> Int64:
         """Return the peak of each plan."""
         return np.asarray(self.bytes_at.max(axis=0), np.int64)
 
-    def excess(self, budget_bytes: int) -> NDArray[np.float64]:
-        """Return the area above the budget of each plan: bytes times positions."""
-        return np.asarray(np.maximum(self.bytes_at - budget_bytes, 0).sum(axis=0, dtype=np.float64))
+    def excess(self, budget_bytes: float) -> NDArray[np.float64]:
+        """Return the area above the budget of each plan: bytes times positions; infinite if it is refused."""
+        area = np.maximum(self.bytes_at - budget_bytes, 0).sum(axis=0, dtype=np.float64)
+        return np.where(self.refused, np.inf, area)
 
 
 def profiles(units: Units, fates: Fates) -> Profiles:
@@ -158,6 +175,7 @@ class _Sweep:
         self.burst = np.zeros((self.n + 1, plans), np.int64)  # restore transient before a position
         self.encode = np.zeros((self.n, plans), np.int64)  # encode transient after a position
         self.cost = np.full(plans, units.problem.program_cost_ns(), np.int64)
+        self.noise = np.zeros(plans, np.int64)
 
     def add(self, fate: Fate, rows: Int64) -> None:
         """Account for one unit in the plans `rows`, all of which give it `fate`; its readers came before."""
@@ -180,6 +198,8 @@ class _Sweep:
             self.delta[position + 1, rows] -= more
         if fate.cost_ns:
             self.cost[rows] += fate.cost_ns
+        if fate.noise_ppb:
+            self.noise[rows] += fate.noise_ppb
 
     def _restore(self, fate: Fate, time: Int64, rows: Int64) -> None:
         restored = time < self.n
@@ -214,4 +234,5 @@ class _Sweep:
         workspace = np.array([self.units.problem.ops[o].workspace_bytes for o in self.units.problem.program])
         before = np.where(self.burst[: self.n] > 0, level - self.units.own_bytes[:, None] + self.burst[: self.n], 0)
         after = np.where(self.encode > 0, level - workspace[:, None] + self.encode, 0)
-        return Profiles(self.cost, np.maximum(level, np.maximum(before, after)))
+        refused = (self.noise > self.units.problem.noise_limit_ppb) | (self.cost >= CLASH_NS)
+        return Profiles(self.cost, np.maximum(level, np.maximum(before, after)), refused)

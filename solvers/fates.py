@@ -51,6 +51,7 @@ class Fate:
     decodes: bool = False  # `restore` reads the encoding, which therefore lives until then
     instead: tuple[tuple[OpId, OpId], ...] = ()  # (backward program op, what runs in its place)
     swaps: tuple[tuple[int, int], ...] = ()  # (position, workspace bytes that its alternative adds)
+    noise_ppb: int = 0
 
 
 @dataclass(slots=True)
@@ -109,6 +110,8 @@ class FateMaker:
         self.wanted = {v for d in drafts for o in d.restore for v in problem.ops[o].reads}
         self.encoders: dict[ValueId, list[OpId]] = {}
         for v, o in encoders(problem):
+            if problem.ops[o].noise_ppb > problem.noise_limit_ppb:
+                continue
             self.encoders.setdefault(v, []).append(o)
         self.readers: dict[ValueId, list[OpId]] = {}
         for o, op in enumerate(problem.ops):
@@ -164,7 +167,8 @@ class FateMaker:
         fates = [] if decode is None else [self._codec(draft, v, encode, decode, ())]
         if instead:
             covered = {self.position[q] for q, _ in instead}
-            fates.append(self._beside(self._codec(draft, v, encode, None, instead)))
+            if not ops[encode].noise_ppb:  # noise buys nothing while the value is there
+                fates.append(self._beside(self._codec(draft, v, encode, None, instead)))
             left = [t for t in self.spans[v].backward if t not in covered]
             if decode is not None or draft.restore or not (left or v in self.wanted):
                 fates.append(self._codec(draft, v, encode, decode, instead))
@@ -214,6 +218,7 @@ class FateMaker:
             swaps=tuple(
                 (self.position[q], scratch_bytes(self.problem, o) - scratch_bytes(self.problem, q)) for q, o in instead
             ),
+            noise_ppb=ops[encode].noise_ppb,
         )
 
     def _beside(self, fate: Fate) -> Fate:

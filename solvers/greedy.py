@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from solvers.bounds import ANY_PLAN, cost_floor
-from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
+from solvers.evaluate import Fates, allowed, keep_everything, profiles, to_schedule
 from solvers.problem import Limits, Problem, Solution
 from solvers.search import Search
 from solvers.units import Int64, Units, build_units
@@ -50,7 +50,7 @@ def flips(units: Units, fates: Fates) -> Int64:
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def try_flips(units: Units, fates: Fates, pairs: Int64, budget: int) -> tuple[Int64, np.ndarray, Int64]:
+def try_flips(units: Units, fates: Fates, pairs: Int64, budget: float) -> tuple[Int64, np.ndarray, Int64]:
     """Return cost, area above the budget, and peak after each flip."""
     chunk = max(16, CELLS // len(units.problem.program))
     parts = []
@@ -64,15 +64,15 @@ def try_flips(units: Units, fates: Fates, pairs: Int64, budget: int) -> tuple[In
     return np.concatenate(cost), np.concatenate(area), np.concatenate(peak)
 
 
-def repair(search: Search, units: Units, start: Fates, budget: int | None = None) -> Fates | None:
+def repair(search: Search, units: Units, start: Fates, budget: float | None = None) -> Fates | None:
     """Flip until the plan fits the budget; None when no single flip helps any more."""
     budget = search.problem.budget_bytes if budget is None else budget
     fates = descend(search, units, start, budget)
     return fates if profiles(units, fates[None, :]).excess(budget)[0] <= 0 else None
 
 
-def descend(search: Search, units: Units, start: Fates, budget: int) -> Fates:
-    """Flip until the plan fits the budget or no single flip helps; return the plan of least peak on the way.
+def descend(search: Search, units: Units, start: Fates, budget: float, by_area: bool = False) -> Fates:
+    """Flip until the plan fits the budget or no single flip helps; return the plan of least peak (area) on the way.
 
     Flips that kept their promise together are doubled, so that a thousand of them take few evaluations.
     """
@@ -81,7 +81,7 @@ def descend(search: Search, units: Units, start: Fates, budget: int) -> Fates:
     while walk.area > 0 and search.left() > 0 and len(pool):
         costs, areas, peaks = walk.look(pool)
         score = (walk.area - areas) / np.maximum(costs - walk.cost, 1)
-        order = np.argsort(-score, kind="stable")
+        order = np.argsort(-score, kind="stable")[: max(1, np.isfinite(areas).sum())]
         if areas[order[0]] >= walk.area:
             if fresh:
                 break
@@ -98,23 +98,24 @@ def descend(search: Search, units: Units, start: Fates, budget: int) -> Fates:
         fresh = len(pool) <= POOL // 4
         pool = flips(units, walk.fates) if fresh else pool[order[: POOL + len(taken)]]
         pool = pool[~np.isin(pool[:, 0], taken)]
-    return walk.best
+    return walk.fates if by_area else walk.best
 
 
 class _Walk:
     """A plan on its way down: its cost, area above the budget, and the least peak met."""
 
-    def __init__(self, search: Search, units: Units, fates: Fates, budget: int) -> None:
+    def __init__(self, search: Search, units: Units, fates: Fates, budget: float) -> None:
         self.search, self.units, self.budget = search, units, budget
         self.best, self.best_peak = fates, np.iinfo(np.int64).max
         self.fates, self.cost, self.area = fates, 0, 0.0
-        self._stand(fates)
+        self._stand(allowed(units, fates))
 
     def _stand(self, fates: Fates) -> None:
         now = profiles(self.units, fates[None, :])
         self.search.spend(evaluation(self.units, 1))
         self.fates, self.cost, self.area = fates, int(now.cost_ns[0]), float(now.excess(self.budget)[0])
-        self._remember(int(now.peak_bytes()[0]))
+        if not now.refused[0]:
+            self._remember(int(now.peak_bytes()[0]))
 
     def _remember(self, peak: int) -> None:
         if peak < self.best_peak:
@@ -147,7 +148,7 @@ def evaluation(units: Units, plans: int) -> float:
     return 25e-6 * len(units.units) + 1.2e-7 * plans * len(units.problem.program)
 
 
-def polish(search: Search, units: Units, fates: Fates, budget: int | None = None) -> Fates:
+def polish(search: Search, units: Units, fates: Fates, budget: float | None = None) -> Fates:
     """Take the flips that save most time and still fit, until there are none."""
     budget = search.problem.budget_bytes if budget is None else budget
     cost = int(profiles(units, fates[None, :]).cost_ns[0])

@@ -15,7 +15,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from solvers.any_plan import any_plan_bound
-from solvers.bounds import ONE_RECOMPUTE, cost_floor
+from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor
 from solvers.cuts import explain
 from solvers.epochs import Cut, EpochModel
 from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
@@ -66,7 +66,7 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
         if found.infeasible:
             if search.schedule is None:
                 return infeasible(search), rounds
-            break
+            return answer_any(search, units, rounds), rounds
         search.bound_ns = max(search.bound_ns, math.ceil(found.bound - 1e-6))
         for fates in found.others:
             search.offer(to_schedule(units, fates), fates)
@@ -81,8 +81,21 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
             break
         elif found.optimal:
             rounds.gap = search.limits.gap / 2
-    answer = search.answer(search.bound_ns, ONE_RECOMPUTE)
-    return replace(answer, any_bound_ns=bound_any(search, rounds)), rounds
+    return _answer(search, units, rounds), rounds
+
+
+def _answer(search: Search, units: Units, rounds: Rounds) -> Solution:
+    bound = search.bound_ns or 0
+    if search.fates is None and search.cost_ns is not None and search.cost_ns < bound:
+        return answer_any(search, units, rounds)  # a plan outside the class beats all of it
+    return replace(search.answer(bound, ONE_RECOMPUTE), any_bound_ns=bound_any(search, rounds))
+
+
+def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> Solution:
+    """Return the answer for a budget that only plans of more than one recompute a value fit."""
+    rounds = rounds or Rounds.after(None, units, search)
+    search.bound_ns = bound_any(search, rounds)
+    return replace(search.answer(search.bound_ns, ANY_PLAN), any_bound_ns=search.bound_ns)
 
 
 def bound_any(search: Search, rounds: Rounds) -> int:

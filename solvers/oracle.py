@@ -1,8 +1,8 @@
 """The oracle: the true optimum over every schedule that `simulate` accepts. Exponential; for tests.
 
 A state is (how many of the run-once ops have run, which values are live, which of these crossed the turn and
-may not be taken over). Dijkstra over running any op that may run and freeing any value finds the cheapest schedule,
-or, with the peak as the length of a path, the least peak.
+may not be taken over, which noisy encodes have run). Dijkstra over running any op that may run and freeing any
+value finds the cheapest schedule, or, with the peak as the length of a path, the least peak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from solvers.simulate import simulate
 EVERY_PLAN = "any schedule at all"
 STATES = 2_000_000  # states settled before the oracle gives up
 
-State = tuple[int, int, int]  # run-once ops done; live values, and those of them that crossed, as bit masks
+State = tuple[int, int, int, int]  # run-once ops done; live values, those of them that crossed, noisy ops: bit masks
 
 
 def solve_oracle(problem: Problem, limits: Limits) -> Solution:
@@ -50,6 +50,7 @@ class _Move:
     extra_bytes: int  # workspace, and values that it both reads and writes (two versions stand)
     takes_over: int  # mask of the value whose memory it may use
     taken_bytes: int
+    noisy: int  # mask of the op among the noisy ones
 
 
 class _Moves:
@@ -62,18 +63,25 @@ class _Moves:
         self.keep = _mask(problem.keep)
         self.turn = index[problem.program[problem.turn]]
         self.takeable = _mask(frozenset(op.takes_over for op in problem.ops if op.takes_over is not None))
+        self.noise = [op.noise_ppb for op in problem.ops]
         self.moves = []
         for o, op in enumerate(problem.ops):
             twice = sum(problem.value_bytes[v] for v in set(op.reads) & set(op.writes))
             reads, writes = _mask(op.reads), _mask(op.writes)
             extra = op.workspace_bytes + twice
             over, taken = (0, 0) if op.takes_over is None else (1 << op.takes_over, problem.value_bytes[op.takes_over])
-            self.moves.append(_Move(o, reads, writes, index.get(o, -1), op.cost_ns, extra, over, taken))
+            noisy = 1 << o if op.noise_ppb else 0
+            self.moves.append(_Move(o, reads, writes, index.get(o, -1), op.cost_ns, extra, over, taken, noisy))
 
     def bytes(self, live: int) -> int:
         """Return the bytes of a mask of values, fixed bytes included."""
         size = self.problem.value_bytes
         return self.problem.fixed_bytes + sum(size[v] for v in range(live.bit_length()) if live >> v & 1)
+
+    def allows(self, noisy: int) -> bool:
+        """Return whether the ops of a mask together are within the noise limit."""
+        total = sum(n for o, n in enumerate(self.noise) if noisy >> o & 1)
+        return total <= self.problem.noise_limit_ppb
 
     def frees(self, live: int) -> Iterator[int]:
         """Yield the masks with one value less."""
@@ -93,7 +101,7 @@ def _mask(values: frozenset[int] | tuple[int, ...]) -> int:
 
 def _dijkstra(moves: _Moves, budget: int | None, search: Search) -> list[Schedule] | None:
     """Return [cheapest schedule], [] when there is none, None when the search was cut short."""
-    start: State = (0, 0, 0)
+    start: State = (0, 0, 0, 0)
     best: dict[State, int] = {start: 0}
     came: dict[State, tuple[State, OpId]] = {}
     queue: list[tuple[int, State]] = [(0, start)]
@@ -115,20 +123,24 @@ def _dijkstra(moves: _Moves, budget: int | None, search: Search) -> list[Schedul
 
 
 def _steps(moves: _Moves, state: State, length: int, budget: int | None) -> Iterator[tuple[State, OpId, int]]:
-    done, live, crossed = state
+    done, live, crossed, noisy = state
     for after in moves.frees(live):
-        yield (done, after, crossed & after), -1, length
+        yield (done, after, crossed & after, noisy), -1, length
     for move in moves.moves:
         if move.reads & ~live or move.turn not in (-1, done):
             continue
         if move.turn < 0 and not move.writes & ~live:
             continue
+        noise_then = noisy | move.noisy
+        if noise_then != noisy and not moves.allows(noise_then):
+            continue
         used = moves.bytes(live | move.writes) + move.extra_bytes
         old = live & moves.takeable if move.turn == moves.turn else crossed & ~move.writes
         done_then, live_then = done + int(move.turn >= 0), live | move.writes
-        ways: list[tuple[State, int]] = [((done_then, live_then, old), used)]
+        ways: list[tuple[State, int]] = [((done_then, live_then, old, noise_then), used)]
         if move.takes_over & live & ~crossed:
-            ways.append(((done_then, live_then & ~move.takes_over, old), used - move.taken_bytes))
+            over = (done_then, live_then & ~move.takes_over, old, noise_then)
+            ways.append((over, used - move.taken_bytes))
         for then, bytes_then in ways:
             if budget is None:
                 yield then, move.op, max(length, bytes_then)

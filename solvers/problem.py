@@ -43,6 +43,8 @@ class Op:
     reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
     `takes_over` names a value that it reads and whose memory its one write uses, wherever that read is the
     value's last and the value was written on the same side of the turn: an operand written over in place.
+    `noise_ppb` is what a lossy encode adds to the gradient: error variance over the gradient's own, in parts per
+    billion. A schedule counts it once however often the op stands there: the same code has the same error.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Op:
     instead_of: OpId | None = None
     kind: Kind = Kind.COMPUTE
     takes_over: ValueId | None = None
+    noise_ppb: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Problem:
     `program` is the default schedule, a permutation of the ops that are not optional: it runs every op once.
     `turn` is the index in `program` of the op that stands between forward and backward. Parameters, buffers
     and inputs are not values: they are `fixed_bytes`. `keep` are the values that must be live at the end.
+    `noise_limit_ppb` caps the sum of `noise_ppb` over the ops of a schedule.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Problem:
     keep: frozenset[ValueId]
     fixed_bytes: int
     budget_bytes: int
+    noise_limit_ppb: int = 0
 
     def verify(self) -> None:
         """Raise MalformedProblem, naming the op and the value, unless the problem is well formed."""
@@ -185,6 +190,7 @@ def _from_dict(data: dict[str, Any]) -> Problem:
         keep=frozenset(data["keep"]),
         fixed_bytes=int(data["fixed_bytes"]),
         budget_bytes=int(data["budget_bytes"]),
+        noise_limit_ppb=int(data.get("noise_limit_ppb", 0)),
     )
 
 
@@ -192,8 +198,8 @@ def _check_ids(problem: Problem) -> None:
     values = range(len(problem.value_bytes))
     if len(problem.value_names) != len(values):
         raise MalformedProblem(f"{len(problem.value_names)} value names for {len(values)} values")
-    if min(problem.value_bytes, default=0) < 0 or problem.fixed_bytes < 0:
-        raise MalformedProblem("negative bytes")
+    if min(problem.value_bytes, default=0) < 0 or problem.fixed_bytes < 0 or problem.noise_limit_ppb < 0:
+        raise MalformedProblem("negative bytes or noise limit")
     for i, op in enumerate(problem.ops):
         unknown = [v for v in (*op.reads, *op.writes) if v not in values]
         if unknown:
@@ -202,6 +208,8 @@ def _check_ids(problem: Problem) -> None:
             raise MalformedProblem(f"op {i} {op.name!r} has a negative cost or workspace")
         if op.instead_of is not None and op.instead_of not in range(len(problem.ops)):
             raise MalformedProblem(f"op {i} {op.name!r} stands for unknown op {op.instead_of}")
+        if op.noise_ppb < 0 or (op.noise_ppb and op.kind is not Kind.ENCODE):
+            raise MalformedProblem(f"op {i} {op.name!r} has noise {op.noise_ppb}: only an encode adds any")
     if not problem.keep <= frozenset(values):
         raise MalformedProblem("keep names an unknown value")
 

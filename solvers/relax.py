@@ -16,7 +16,7 @@ from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from solvers.epochs import EpochModel
-from solvers.evaluate import Fates
+from solvers.evaluate import Fates, allowed
 
 LINEAR_SIZE = 250_000  # coefficients of a linear program that is too slow to solve
 COEFFICIENT = 15e-6  # seconds for one of them
@@ -120,4 +120,4 @@ def round_all(model: EpochModel, values: list[float]) -> Fates:
         if len(literals) > 1:
             parts = np.array([values[x.index] for x in literals])
             plans[:, a] = np.where(parts[0] >= np.array(LEVELS), 0, 1 + int(np.argmax(parts[1:])))
-    return np.unique(plans, axis=0)
+    return np.unique([allowed(model.units, p) for p in plans], axis=0)

@@ -15,12 +15,16 @@ class InvalidSchedule(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a schedule costs: `bytes_at[t]` are in use while step t runs, `peak_bytes` is their maximum."""
+    """What a schedule costs: `bytes_at[t]` are in use while step t runs, `peak_bytes` is their maximum.
+
+    `noise_ppb` is the noise of its encodes, each counted once.
+    """
 
     cost_ns: int
     peak_bytes: int
     peak_step: int
     bytes_at: tuple[int, ...]
+    noise_ppb: int = 0
 
 
 class Accesses(Protocol):
@@ -51,9 +55,13 @@ def simulate(problem: Problem, schedule: Schedule) -> Usage:
     Raises:
         InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or
         runs
-            out of the program's order), or a value to keep is missing at the end.
+            out of the program's order), a value to keep is missing at the end, or its encodes add more noise
+            than the problem allows.
     """
     _check_once(problem, schedule)
+    noise = sum(problem.ops[o].noise_ppb for o in set(schedule))
+    if noise > problem.noise_limit_ppb:
+        raise InvalidSchedule(f"its encodes add {noise} ppb of noise; the limit is {problem.noise_limit_ppb}")
     spans = _lifespans(problem, schedule)
     delta = [0] * (len(schedule) + 1)
     for value, start, last in spans:
@@ -65,7 +73,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Usage:
         bytes_at.append(level + problem.ops[o].workspace_bytes)
         cost += problem.ops[o].cost_ns
     peak = max(bytes_at, default=problem.fixed_bytes)
-    return Usage(cost, peak, bytes_at.index(peak) if bytes_at else 0, tuple(bytes_at))
+    return Usage(cost, peak, bytes_at.index(peak) if bytes_at else 0, tuple(bytes_at), noise)
 
 
 def take_overs(ops: Sequence[Accesses], schedule: Schedule, turn: OpId, keep: Set[ValueId]) -> dict[int, ValueId]:

@@ -105,6 +105,10 @@ def fixed_plan(**changed: Any) -> Plan:
         "device": "a fixed machine",
         "torch_version": "2.13.0",
         "measured": True,
+        "gradient_noise": 0.0,
+        "noise": 0.0,
+        "noise_measured": 0.0,
+        "noise_bias": 0.0,
     }
     known = {f.name for f in fields(Plan)}
     assert known >= values.keys() - {"loss_measured"}, "Plan lost a field: change this plan and the golden text"

@@ -25,7 +25,7 @@ from graphplan.cap import Cap, start_threads
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
-from graphplan.optimize import make_options, plan_model
+from graphplan.optimize import Source, make_options, plan_model
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 
@@ -91,7 +91,7 @@ def plan(request: Request) -> dict[str, Any]:
         time_limit=request.time_limit,
         report=_progress,
     )
-    _, prepared, made = plan_model(model, (images,), None, options)
+    prepared, made = plan_model(model, Source.of(model, (images,), {}, options), options)
     made.save(Path(request.out, "plan.json"))
     prepared.device.save(Path(request.out, "device.json"))
     return {}

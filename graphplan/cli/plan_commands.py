@@ -11,15 +11,16 @@ import typer
 from torch import nn
 
 import solvers
-from graphplan.capture import capture
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
+from graphplan.cli.optimizers import StepName, check_step, loss_of, optimizer_of
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, device_of, make_options, plan_model, prepare
+from graphplan.optimize import Options, Source, make_options, plan_model, prepare_model
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
+from graphplan.step import TrainStep
 from graphplan.units import format_bytes, format_ns
 from solvers import Limits, Solution
 
@@ -53,6 +54,7 @@ def plan(
     time_limit: TimeLimit = 30.0,
     out: Out = None,
     device: DeviceFile = None,
+    step: StepName = None,
     graph: Annotated[bool, typer.Option("--graph", help="Print the captured graph too.")] = False,
     size: Size = "real",
     batch: Batch = None,
@@ -66,12 +68,12 @@ def plan(
         with bars() as report:
             stages = Stages(report)
             named = resolve(model, size, batch, inputs)
-            options = with_loss(checked, named, stages)
+            options = with_loss(checked, named, stages, step)
             rows: list[Row] = []
             if solver == ALL:
-                prepared, made, rows = compare(named, options)
+                prepared, made, rows = compare(named, options, step)
             else:
-                _, prepared, made = plan_model(named.module, named.inputs, None, options)
+                prepared, made = plan_model(named.module, source_of(named, step, options), options)
         if out is not None:
             made.save(out)
         if json_wanted:
@@ -84,7 +86,7 @@ def plan(
         if rows:
             show(_solver_table(rows, made))
         show("Took " + ", ".join(f"{stage} {s:.1f} s" for stage, s in stages.seconds().items()) + ".")
-        show(_next(model, budget, out, size, batch, inputs))
+        show(_next(model, budget, out, size, batch, inputs, step))
 
 
 def show_plan(path: PlanFile, as_json: AsJson = None) -> None:
@@ -154,8 +156,11 @@ def read_options(
     return make_options(budget, chosen, solver=solver, time_limit=time_limit, device=device)
 
 
-def with_loss(options: Options, named: Named, report: Report) -> Options:
-    """Return the options with the model's own loss, so that its memory is reserved."""
+def with_loss(options: Options, named: Named, report: Report, step: str | None = None) -> Options:
+    """Return the options with the model's own loss, so that its memory is reserved, or for a whole step."""
+    if step is not None:
+        check_step(step)
+        return replace(options, whole_step=True, report=report)
     return replace(options, loss_fn=named.loss_fn, example_targets=named.targets, report=report)
 
 
@@ -191,34 +196,33 @@ def check_folder(out: Path | None) -> None:
         raise BadInput(f"--out {str(out)!r}: no folder {str(out.parent)!r}, or it names a folder itself")
 
 
-def compare(named: Named, options: Options) -> tuple[Prepared, Plan, list[Row]]:
+def source_of(named: Named, step: str | None, options: Options) -> Source:
+    """Return the model's forward and backward, or its whole step with a new optimizer, to be captured."""
+    if step is None:
+        return Source.of(named.module, named.inputs, {}, options)
+    whole = TrainStep(named.module, loss_of(named), optimizer_of(step, named), options)
+    return whole.source(named.inputs, named.targets)
+
+
+def compare(named: Named, options: Options, step: str | None = None) -> tuple[Prepared, Plan, list[Row]]:
     """Ask every solver under one budget; the plan returned is the fastest that fits.
 
     Raises:
         InfeasibleBudget: no solver found a plan.
     """
-    captured = plan_parts(named, options)
+    prepared = prepare_model(named.module, source_of(named, step, options), options)
     limits = Limits(seconds=options.time_limit)
     rows: list[Row] = []
     for name in solvers.SOLVERS:
         options.report(f"solver {name}", 0, 1)
-        rows.append(_row(captured, solvers.solve(captured.problem, name, limits)))
+        rows.append(_row(prepared, solvers.solve(prepared.problem, name, limits)))
         options.report(f"solver {name}", 1, 1)
-    least = solvers.least_peak(captured.problem, limits).least_peak_bytes
+    least = solvers.least_peak(prepared.problem, limits).least_peak_bytes
     assert least is not None
     found = [(r.cost_ns, i, r.solution) for i, r in enumerate(rows) if r.cost_ns is not None]
     if not found:
-        raise infeasible(captured, least)
-    return captured, lift(captured, min(found)[2], least), rows
-
-
-def plan_parts(named: Named, options: Options) -> Prepared:
-    """Capture and profile a model without solving."""
-    options.report("capture", 0, 1)
-    captured = capture(named.module, named.inputs, None)
-    options.report("capture", 1, 1)
-    machine = options.device or Device.this(device_of(named.module, captured))
-    return prepare(captured, options, machine, run=options.device is None)
+        raise infeasible(prepared, least)
+    return prepared, lift(prepared, min(found)[2], least), rows
 
 
 def _row(prepared: Prepared, solution: Solution) -> Row:
@@ -274,8 +278,11 @@ def _plan_as_json(made: Plan, rows: list[Row], out: Path | None, extra: dict[str
     show_json({"command": "plan", **plan_json(made), "out": str(out) if out else None, **extra})
 
 
-def _next(model: str, budget: str, out: Path | None, size: str, batch: int | None, inputs: list[str] | None) -> str:
+def _next(
+    model: str, budget: str, out: Path | None, size: str, batch: int | None, inputs: list[str] | None, step: str | None
+) -> str:
     words = ["graphplan run", model, f"--plan {out}" if out else f"--budget {budget!r}"]
+    words += [f"--step {step}"] if step else []
     words += [f"--size {size}"] if size != "real" else []
     words += [f"--batch {batch}"] if batch else []
     words += [f"--input {text!r}" for text in inputs or ()]

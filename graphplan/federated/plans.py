@@ -8,15 +8,13 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 
 import solvers
-from graphplan.capture import capture
-from graphplan.codecs import CODECS
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError
 from graphplan.federated.config import RunConfig
 from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
 from graphplan.federated.task import Task, task_loss
 from graphplan.lift import Prepared, lift
-from graphplan.optimize import make_options, prepare
+from graphplan.optimize import Source, make_options, prepare
 from graphplan.pareto import along
 from graphplan.plan import Plan
 from solvers import Kind
@@ -30,7 +28,7 @@ class Execution:
     """How clients of a method run a step.
 
     `planned` False: plain PyTorch, in the unplanned peak or not at all. `recompute` False takes every second
-    computation out of the problem, so that only codecs are left. `codecs` "every": all of the table.
+    computation out of the problem, so that only codecs are left.
     """
 
     planned: bool = True
@@ -81,15 +79,14 @@ class Planner:
     def _make(self, key: Hashable) -> Frontier:
         device_class = key[0] if isinstance(key, tuple) else ""
         execution, (images, labels) = self.execution, self.task.example
-        codecs: str | Iterable[str] = tuple(CODECS) if execution.codecs == "every" else execution.codecs
         options = make_options(
-            "100%", codecs, solver=execution.solver, time_limit=self.config.time_limit,
+            "100%", execution.codecs, solver=execution.solver, time_limit=self.config.time_limit,
             loss_fn=task_loss, example_targets=labels,
         )  # fmt: skip
-        captured = capture(self.task.fresh(), (images,))
+        source = Source.of(self.task.fresh(), (images,), {}, options)
         here = device_class not in self.devices
         device = self.devices.get(device_class) or Device.this(images.device)
-        prepared = prepare(captured, options, device, run=here)
+        prepared = prepare(source.captures(), options, device, run=here, batch=source.batch)
         self.profiled = device
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")

@@ -180,3 +180,27 @@ def at_share(problem: Problem, share: float) -> Problem:
 def problems(layers: int = 8) -> st.SearchStrategy[Problem]:
     """Hypothesis strategy over `random_problem`; shrinks to fewer layers and smaller seeds."""
     return st.builds(random_problem, st.integers(0, 100_000), st.integers(1, layers))
+
+
+def noisy_problem(seed: int, layers: int) -> Problem:
+    """A random problem with two lossy widths for some values, all of whose backward readers can read the codes."""
+    problem, rng = random_problem(seed, layers), random.Random(seed)
+    ops, sizes, names = list(problem.ops), list(problem.value_bytes), list(problem.value_names)
+    late = problem.program[problem.turn + 1 :]
+    for v in {v for o in problem.program[: problem.turn] for v in ops[o].writes}:
+        readers = [o for o in late if v in ops[o].reads]
+        if not readers or v in problem.keep or rng.random() < 0.4 or not all(ops[o].repeatable for o in readers):
+            continue
+        for width in (2, 4):
+            code = len(sizes)
+            sizes.append(max(1, sizes[v] // width))
+            names.append(f"{names[v]}q{width}")
+            noise = rng.randint(1, 9) * width**2
+            ops.append(Op(f"q{code}", (v,), (code,), rng.randint(1, 5), kind=Kind.ENCODE, noise_ppb=noise))
+            for o in readers:
+                reads = (*(r for r in ops[o].reads if r != v), code)
+                made = Op(f"r{len(ops)}", reads, ops[o].writes, ops[o].cost_ns + rng.randint(0, 4), instead_of=o)
+                ops.append(replace(made, workspace_bytes=rng.randint(0, sizes[v])))
+    made = replace(problem, ops=tuple(ops), value_bytes=tuple(sizes), value_names=tuple(names))
+    made.verify()
+    return at_share(replace(made, noise_limit_ppb=rng.choice((0, 5, 20, 60, 10_000))), rng.choice((0.0, 0.2, 0.5)))

@@ -1,0 +1,154 @@
+"""Lossy codes of activations, read by backward ops alone: `functions.group` in 8, 4 or 2 bits, or bfloat16.
+
+The decoded value never becomes the activation again: each backward reader has an instruction of its own that decodes,
+runs the op and lets go. So no forward op can be recomputed from it, and its memory is that instruction's workspace.
+What a reader decides by the activation (a ReLU's mask), it decides by exact bits that the encode packs beside the code.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphplan import functions
+from graphplan.codecs.find import backward_readers, packed, saved_nodes
+from graphplan.codecs.readers import READERS
+from graphplan.codecs.stand_in import packing, run_from, sides_of, undemanding
+from graphplan.graph import Graph, GraphOp
+from graphplan.in_place import operands_of
+from graphplan.instructions import Emitter, Encoded, Instruction, results_of
+
+aten = torch.ops.aten
+LEAST_BYTES = 4096  # below are statistics and pooled features: little to gain, much to lose (GACT's issue 4)
+# Steps, not slopes, of what they read: an error would move elements across them.
+DECIDES = frozenset(
+    (
+        *(op for op, found in READERS.items() if any(r.side for r in found)),
+        aten.hardswish_backward.default,
+        aten.hardshrink_backward.default,
+        aten.softshrink_backward.default,
+        aten._prelu_kernel_backward.default,
+        aten.rrelu_with_noise_backward.default,
+        aten.sign.default,
+        aten.sgn.default,
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lossy:
+    """Rounds activations to `bits` an element; its noise is estimated and capped (`graphplan.noise`)."""
+
+    name: str
+    bits: int
+    exact: bool = False
+
+    def find(self, graph: Graph, first_id: int) -> tuple[list[Encoded], list[Instruction]]:
+        """Return a code for every activation all of whose backward readers can do with it."""
+        encoded: list[Encoded] = []
+        made: list[Instruction] = []
+        readers, operands = backward_readers(graph), operands_of(graph)
+        for node, storage in saved_nodes(graph):
+            if not self._shrinks(node):
+                continue
+            asked = undemanding(graph, node, storage, readers[storage])
+            spared = {op.id for op, _, _ in asked}
+            wanting = [op for op in readers[storage] if op.id not in spared]
+            if not wanting or not all(_can_do(graph, op, node, storage) for op in wanting):
+                continue
+            numel, id_ = node.meta["val"].numel(), first_id + len(encoded)
+            nbytes = functions.quantised_bytes(numel, self.bits)
+            code = replace(packed(id_, f"{node.name}__{self.name}", nbytes, storage, self.name), lossy=True)
+            codes = [code]
+            if asked:
+                nbytes = len(sides_of(asked)) * functions.packed_bytes(numel)
+                codes.append(packed(id_ + 1, f"{node.name}__{self.name}_mask", nbytes, storage, self.name))
+                made.extend(run_from(graph, storage, asked, codes[1], operands, f"from_{self.name}"))
+            encoded.extend(codes)
+            made.append(self._encode(node, storage, codes, packing(sides_of(asked))))
+            made.extend(self._decode_and_run(graph, op, node, storage, code) for op in wanting)
+        return encoded, made
+
+    def mean_square_error(self, x: torch.Tensor) -> float:
+        """Return the mean square of what encoding x and decoding it changes."""
+        code = functions.quantise(x, self.bits, 0, 0)
+        back = functions.dequantise(code, self.bits, x.shape, x.stride(), x.dtype)
+        return float((back.float() - x.float()).square_().mean())
+
+    def _shrinks(self, node: fx.Node) -> bool:
+        val = node.meta["val"]
+        item = node.args[1] if node.target is operator.getitem else 0
+        small = val.numel() * val.element_size() < LEAST_BYTES
+        float_ = val.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        # Further results of an op are its statistics.
+        shrinks = 8 * val.element_size() > self.bits
+        return bool(float_ and item == 0 and not small and shrinks and functions.is_dense(val))
+
+    def _encode(self, node: fx.Node, storage: int, codes: list[Encoded], sides: tuple[Any, ...]) -> Instruction:
+        def emit(out: Emitter) -> None:
+            args = (out.load(node), self.bits, out.key(), storage)
+            code = out.call(functions.quantise, args, codes[0].name)
+            out.store_encoded(codes[0].id, code)
+            for mask in codes[1:]:
+                out.store_encoded(mask.id, out.call(functions.pack_sides, (out.load(node), *sides), mask.name))
+
+        writes = tuple(c.id for c in codes)
+        return Instruction(codes[0].name, "encode", None, (storage,), writes, True, emit)
+
+    def _decode_and_run(self, graph: Graph, op: GraphOp, node: fx.Node, storage: int, code: Encoded) -> Instruction:
+        val, name = node.meta["val"], f"{op.name}__from_{self.name}"
+        like = (tuple(val.shape), tuple(val.stride()), val.dtype)
+
+        def decoded(out: Emitter) -> fx.Node:
+            args = (out.load_encoded(code.id), self.bits, *like)
+            return out.call(functions.dequantise, args, f"{node.name}__from_{self.name}")
+
+        def emit(out: Emitter) -> None:
+            copies = {node: decoded(out)}
+
+            def load(a: fx.Node) -> fx.Node:
+                if storage not in graph.storages_of[a.name]:
+                    return out.load(a)
+                if a not in copies:  # a view, taken again of the decoded value
+                    views = fx.map_arg(a.args, load), f"{a.name}__from_{self.name}", fx.map_arg(a.kwargs, load)
+                    copies[a] = out.call(a.target, *views)  # type: ignore[arg-type]
+                return copies[a]
+
+            value = out.call(op.node.target, fx.map_arg(op.node.args, load), op.name, fx.map_arg(op.node.kwargs, load))  # type: ignore[arg-type]
+            for result in results_of(graph, op.node, op.writes):
+                item = value if result is op.node else out.call(operator.getitem, (value, result.args[1]), result.name)
+                out.store(result, item)
+
+        reads = (*(s for s in op.reads if s != storage and not graph.storages[s].kind.fixed), code.id)
+        beyond = lambda out: out.store(node, decoded(out))  # noqa: E731
+        return Instruction(name, "variant", op.id, reads, op.writes, True, emit, beyond=beyond)
+
+
+def _can_do(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
+    """Return whether `op` reads values of the activation, by views of it, and decides nothing by them."""
+    if not op.repeatable or op.node.target in DECIDES:
+        return False
+    results = op.node.meta["val"]
+    results = results if isinstance(results, tuple | list) else (results,)
+    if any(isinstance(r, torch.Tensor) and not r.dtype.is_floating_point for r in results):
+        return False
+    return all(
+        _is_view(graph, a, node, storage) for a in op.node.all_input_nodes if storage in graph.storages_of[a.name]
+    )
+
+
+def _is_view(graph: Graph, a: fx.Node, node: fx.Node, storage: int) -> bool:
+    while a is not node:
+        sources = [x for x in a.all_input_nodes if storage in graph.storages_of[x.name]]
+        if len(sources) != 1 or len(graph.storages_of[a.name]) != 1:
+            return False
+        a = sources[0]
+    return True
+
+
+INT8, INT4, INT2 = Lossy("int8", 8), Lossy("int4", 4), Lossy("int2", 2)
+BF16 = Lossy("bf16", functions.HALF)

@@ -1,0 +1,66 @@
+"""The functions that rewritten graphs call beside ATen: codecs' halves and repeatable variants.
+
+Memory is part of each contract: results are allocated by torch (so that the allocator's meter sees them) and
+temporaries never exceed a few chunks of CHUNK elements, whatever the size of the tensor, unless a docstring says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
+from graphplan.functions.derived import from_shape, from_sides
+from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes
+from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
+from graphplan.functions.register import registered
+from graphplan.functions.stand_in import SIDES, Like, pack_sides
+
+__all__ = [
+    "CHUNK",
+    "HALF",
+    "SIDES",
+    "Like",
+    "Pooling",
+    "dequantise",
+    "dropout_from_mask",
+    "from_shape",
+    "from_sides",
+    "is_dense",
+    "mix",
+    "narrow_integers",
+    "pack_pool_indices",
+    "pack_sides",
+    "packed_bytes",
+    "pool_code_bits",
+    "pool_code_bytes",
+    "quantise",
+    "quantised_bytes",
+    "unpack_bits",
+    "unpack_pool_indices",
+    "widen_integers",
+]
+
+
+def _as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@registered("(Tensor x, ScalarType dtype) -> Tensor", _as_dtype)
+def narrow_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return non-negative integers `x` in the narrower `dtype`; the caller has proven that they fit."""
+    return x.to(dtype)
+
+
+@registered("(Tensor x, ScalarType dtype) -> Tensor", _as_dtype)
+def widen_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` in its original integer `dtype`."""
+    return x.to(dtype)
+
+
+@registered("(Tensor x, Tensor mask, float p) -> Tensor", lambda x, mask, p: torch.empty_like(x))
+def dropout_from_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Return native_dropout's output for the `mask` it drew: the same two products, no random number."""
+    scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
+    # This overload rounds the scale to x's dtype first, as native_dropout does; `mul_(scale)` does not.
+    return torch.ops.aten.mul_.Scalar(x.mul(mask), scale)  # type: ignore[no-any-return]

@@ -1,0 +1,77 @@
+"""One bit an element, in storage order, the first element in the lowest bit: packing and unpacking by chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graphplan.functions.register import registered
+
+CHUNK = 1 << 18  # elements worked on at a time: a multiple of 8
+
+
+def packed_bytes(numel: int) -> int:
+    """Return the bytes of `numel` packed bits."""
+    return (numel + 7) // 8
+
+
+def _empty_mask(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tuple(size), tuple(stride), dtype=torch.bool, device=packed.device)
+
+
+@registered("(Tensor packed, int[] size, int[] stride) -> Tensor", _empty_mask)
+def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Return the bool tensor whose elements in storage order are the bits of `packed`, lowest first."""
+    mask = _empty_mask(packed, size, stride)
+    flat = in_storage_order(mask)
+    for piece, chunk in pieces(mask.numel()):
+        numel = chunk.stop - chunk.start
+        if packed.device.type == "cpu":
+            bits = np.unpackbits(packed[piece].numpy(), count=numel, bitorder="little")
+            flat[chunk].numpy()[...] = bits.view(np.bool_)
+        else:
+            flat[chunk] = spread_bits(packed[piece], numel)
+    return mask
+
+
+def write_bits(packed: Tensor, bits: Tensor | NDArray[Any]) -> None:
+    """Pack a chunk of bool (n,), a numpy array on CPU, into `packed`, uint8 (ceil(n / 8),)."""
+    if not isinstance(bits, Tensor):
+        packed.numpy()[...] = np.packbits(bits, bitorder="little")
+        return
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    packed.copy_((padded << shifts).sum(dim=1))
+
+
+def spread_bits(packed: Tensor, numel: int) -> Tensor:
+    """Return a chunk of uint8 as bool (numel,), on any device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).view(-1)[:numel].bool()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether the elements of `x` fill its storage: no gaps, no overlap, no offset."""
+    step = 1
+    for stride, size in sorted((st, sz) for sz, st in zip(x.shape, x.stride(), strict=True) if sz != 1):
+        if stride != step:
+            return False
+        step *= size
+    return x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def in_storage_order(x: Tensor) -> Tensor:
+    """Return the elements of a tensor without gaps or overlap as they lie in memory, (numel,)."""
+    return torch.as_strided(x, (x.numel(),), (1,))
+
+
+def pieces(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (the bytes of a chunk's bits, its elements)."""
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        yield slice(start // 8, packed_bytes(stop)), slice(start, stop)

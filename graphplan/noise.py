@@ -1,0 +1,281 @@
+"""Noise: what lossy codes of each activation add to the gradient, as a share of the gradient's own variance.
+
+For an activation l under a code, rho = sum over parameters p of w_p * E||g'_p - g_p||^2, with g the gradient, g' that
+of a backward pass that reads the code of l, and w_p = 1 / variance of the batch gradient: of all parameters together
+(SGD), or of each (Adam, which divides by it; the sum is then a mean over elements). Rounding errors of different
+activations are independent, so their rho add up (reference: ActNN, Chen et al. 2021; GACT, Liu et al. 2022, warns
+where the sum passes 0.1). One replay under REFERENCE's bits is scaled to other codes by their mean square errors.
+
+The estimates belong to the model and the data, not to the machine: they can be saved and shipped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphplan.capture import Capture, capture, flatten_call
+from graphplan.codecs import CODECS, Lossy, choose_codecs
+from graphplan.errors import GraphplanError
+from graphplan.instructions import Instruction, Instructions, instructions_of
+from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes
+from graphplan.rewrite import Rewritten
+from graphplan.runtime import like_traced
+from graphplan.tree import as_tuple
+
+FORMAT = "graphplan-noise-1"
+REFERENCE = "int4"
+PPB = 1_000_000_000
+REFUSED_PPB = 2 * PPB  # above any limit
+BIAS_LIMIT = 0.2  # of an error's square: rounding that leans one way does not average out over steps
+KEYS = (1, 2)
+MORE_KEYS = (3, 4, 5, 6)
+Report = Callable[[str, int, int], None]
+
+
+class NoiseFormatError(GraphplanError, ValueError):
+    """A noise file that cannot be read: truncated, not JSON, or of an unknown version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Estimates for one model and batch. `rho[activation][codec]`; `bias[activation]`: of the error, at REFERENCE.
+
+    `gradient_variance` is E||g - E g||^2 of the batch gradient; `weights` are "sgd" or "adam".
+    """
+
+    model: str
+    weights: str
+    gradient_variance: float
+    rho: dict[str, dict[str, float]]
+    bias: dict[str, float]
+
+    def ppb(self, activation: str, codec: str) -> int:
+        """Return rho in parts per billion, rounded up; above any limit where it is refused or unknown."""
+        rho = self.rho.get(activation, {}).get(codec, math.inf)
+        if not math.isfinite(rho) or rho >= 1 or self.bias.get(activation, 0.0) > BIAS_LIMIT:
+            return REFUSED_PPB
+        return math.ceil(rho * PPB)
+
+    def times(self, factor: float) -> Noise:
+        """Return the same estimates, all larger by a factor."""
+        rho = {a: {c: factor * r for c, r in found.items()} for a, found in self.rho.items()}
+        return Noise(self.model, self.weights, self.gradient_variance, rho, self.bias)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; a reader sees the old file or the whole new one."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".tmp")
+        scratch.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        scratch.replace(target)
+
+    @staticmethod
+    def load(path: str | Path) -> Noise:
+        """Read what `save` wrote.
+
+        Raises:
+            NoiseFormatError: not JSON (truncated?), another format, a missing or wrong field.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if data.pop("format") != FORMAT or data.keys() != {f.name for f in fields(Noise)}:
+                raise NoiseFormatError(
+                    f"{path}: expected format {FORMAT!r} with fields {[f.name for f in fields(Noise)]}"
+                )
+            rho = {str(a): {str(c): float(r) for c, r in found.items()} for a, found in data["rho"].items()}
+            bias = {str(a): float(b) for a, b in data["bias"].items()}
+            return Noise(str(data["model"]), str(data["weights"]), float(data["gradient_variance"]), rho, bias)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
+            if isinstance(e, NoiseFormatError):
+                raise
+            raise NoiseFormatError(f"{path}: not a noise file (truncated?): {type(e).__name__} {e}") from e
+
+
+def estimate_noise(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    example_targets: Any = None,
+    codecs: str | Iterable[str] = "lossy",
+    weights: str = "sgd",
+) -> Noise:
+    """Return what every lossy code would add to the gradient of `model` on this batch, to save, ship and pass on.
+
+    Args:
+        model: the module, in the mode in which it is trained; left as it is.
+        example_inputs: a training batch of at least two samples.
+        example_kwargs: keyword arguments that go with them.
+        loss_fn: of the outputs (and `example_targets`); without it random gradients arrive at the outputs.
+        example_targets: second argument of `loss_fn`, if it takes one.
+        codecs: which codes.
+        weights: "sgd" (one variance for all parameters) or "adam" (each by its own).
+    """
+    args, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    captured = capture(model, args, kwargs)
+    batch = Batch(model, flatten_call(args, kwargs)[1], loss_fn, example_targets)
+    return estimate(captured, instructions_of(captured.graph, choose_codecs(codecs)), batch, weights)
+
+
+def estimate(
+    captured: Capture, instructions: Instructions, batch: Batch, weights: str = "sgd", report: Report | None = None
+) -> Noise:
+    """Return the noise of every lossy code that `instructions` offer, by replay of one batch.
+
+    Holds every value of one forward and backward at once: estimate where there is memory, and ship the result.
+
+    Raises:
+        GraphplanError: `weights` is neither "sgd" nor "adam".
+    """
+    if weights not in ("sgd", "adam"):
+        raise GraphplanError(f'noise weights {weights!r}; choose "sgd" or "adam"')
+    variance = gradient_variance(captured, batch)
+    total = sum(variance.values())
+    scale = _weights_of(captured, variance, weights)
+    tape = Tape(captured, batch, keep=True)
+    slots = list(_slots(captured, instructions))
+    rho: dict[str, dict[str, float]] = {}
+    bias: dict[str, float] = {}
+    for i, slot in enumerate(slots):
+        found = _replay(tape, slot, scale)
+        rho[slot.activation], bias[slot.activation] = ({}, 0.0) if found is None else found
+        if report:
+            report("noise of each activation", i + 1, len(slots))
+    return Noise(captured.graph.name, weights, total, rho, bias)
+
+
+def gradient_variance(captured: Capture, batch: Batch) -> dict[str, float]:
+    """Return, for each parameter, the variance of its batch gradient: the sum over its elements.
+
+    Half of the batch, twice, gives the gradient of a batch half as large, of twice the variance; two such gradients
+    differ by four times the variance sought. A batch of one sample has no halves: the gradient's own square stands in.
+    """
+    if batch.size < 2:
+        tape = Tape(captured, batch, keep=False)
+        return {name: _square(tape.gradient(name)) for name in tape.gradients}
+    half = torch.arange(batch.size) % (batch.size // 2)
+    first = Tape(captured, batch.of(half), keep=False)
+    second = Tape(captured, batch.of(half + batch.size // 2), keep=False)
+    return {n: _square(first.gradient(n) - second.gradient(n)) / 4 for n in first.gradients}
+
+
+@dataclass(frozen=True, slots=True)
+class JointNoise:
+    """Of one plan, all its codes at once: the noise measured, and which part of it leans one way."""
+
+    noise: float
+    bias: float
+
+
+def measure_noise(captured: Capture, rewritten: Rewritten, batch: Batch, weights: str = "sgd") -> JointNoise:
+    """Return what a plan's codes together add to the gradient of `batch`: one exact backward, one encoded for each key.
+
+    Parameters, buffers, gradients and random streams are left as they are.
+    """
+    scale = _weights_of(captured, gradient_variance(captured, batch), weights)
+    exact = Tape(captured, batch, keep=False)
+    made = []
+    for key in KEYS:
+        noisy = _run_step(captured, rewritten, batch, key)
+        made.append({n: noisy[n] - exact.gradient(n) for n in exact.gradients})
+    return JointNoise(statistics.mean(_inner(d, d, scale) for d in made), _lean(made, scale))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """An activation and, for each codec, its encode and the instructions that read values from the code."""
+
+    activation: str
+    storage: int
+    ways: Mapping[str, tuple[Instruction, list[Instruction]]]
+
+
+def _slots(captured: Capture, instructions: Instructions) -> Iterator[_Slot]:
+    ways: dict[int, dict[str, tuple[Instruction, list[Instruction]]]] = {}
+    for e in instructions.encoded:
+        if e.lossy:
+            encode = next(i for i in instructions.items if i.kind == "encode" and e.id in i.writes)
+            readers = [i for i in instructions.items if i.kind == "variant" and e.id in i.reads]
+            ways.setdefault(e.of, {})[e.codec] = (encode, readers)
+    for s, found in ways.items():
+        yield _Slot(captured.graph.storages[s].name, s, found)
+
+
+def _replay(tape: Tape, slot: _Slot, scale: Mapping[str, float]) -> tuple[dict[str, float], float] | None:
+    """Return rho for each codec, and the bias; None where the activation is not finite: it is to be kept."""
+    chosen = REFERENCE if REFERENCE in slot.ways else next(iter(slot.ways))
+    node = next(n for n in tape.values if tape.graph.storages_of[n.name] == (slot.storage,))
+    x = tape.values[node]
+    if not bool(torch.isfinite(x).all()):
+        return None
+    encode, readers = slot.ways[chosen]
+
+    def differences(key: int) -> dict[str, Tensor]:
+        found = changed_gradients(tape, encode, readers, key)
+        return {n: g - tape.gradient(n) for n, g in found.items()}
+
+    made = [differences(key) for key in KEYS]
+    if _lean(made, scale) > BIAS_LIMIT:  # two errors of few elements look alike by chance
+        made.extend(differences(key) for key in MORE_KEYS)
+    noise = statistics.mean(_inner(d, d, scale) for d in made)
+    errors = {name: _codec(name).mean_square_error(x) for name in slot.ways}
+    if not errors[chosen]:  # exact: a constant
+        return {name: 0.0 if e == 0 else math.inf for name, e in errors.items()}, 0.0
+    return {name: noise * e / errors[chosen] for name, e in errors.items()}, _lean(made, scale)
+
+
+def _codec(name: str) -> Lossy:
+    codec = CODECS[name]
+    assert isinstance(codec, Lossy)
+    return codec
+
+
+def _lean(differences: Sequence[Mapping[str, Tensor]], scale: Mapping[str, float]) -> float:
+    """Return which part of the errors' mean square is the square of their mean, by what each two have in common."""
+    square = statistics.mean(_inner(d, d, scale) for d in differences)
+    common = statistics.mean(_inner(a, b, scale) for a, b in itertools.combinations(differences, 2))
+    return max(0.0, common / square) if square > 0 else 0.0
+
+
+def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Mapping[str, float]) -> float:
+    return sum(scale[n] * float(torch.sum(a[n].double() * b[n].double())) for n in a.keys() & b.keys())
+
+
+def _weights_of(captured: Capture, variance: Mapping[str, float], weights: str) -> dict[str, float]:
+    if weights == "sgd":
+        total = sum(variance.values())
+        return dict.fromkeys(variance, 1 / total if total > 0 else math.inf)
+    nodes, graph = captured.graph.nodes, captured.graph
+    numel = {p.path: nodes[p.node].meta["val"].numel() for p in graph.primals if p.path in variance}
+    everything = sum(numel.values())
+    return {n: numel[n] / everything / v if v > 0 else 0.0 for n, v in variance.items()}
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def _run_step(captured: Capture, rewritten: Rewritten, batch: Batch, key: int) -> dict[str, Tensor]:
+    graph = captured.graph
+    primals, nodes = batch.primals(graph), graph.nodes
+    devices = {t.device for t in primals if t.is_cuda}
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch._C._DisableAutocast():
+        results = rewritten.forward([*primals, *((key,) if rewritten.keyed else ())])
+        outputs, saved = results[: rewritten.outputs], list(results[rewritten.outputs :])
+        del results
+        tangents = iter(batch.tangents(captured, outputs, primals))
+        strides = [tuple(nodes[t].meta["val"].stride()) for t in graph.tangents if t is not None]
+        saved.extend(like_traced(t, s) for t, s in zip(tangents, strides, strict=True))
+        found: Sequence[Any] = rewritten.backward(saved)
+    wanted = gradient_nodes(graph)
+    return {p.path: g for p, g in zip(graph.primals, found, strict=True) if g is not None and p.path in wanted}

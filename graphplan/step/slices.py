@@ -1,0 +1,74 @@
+"""Backward ops that work in slices: the same kernels on parts of their operands, in a fraction of the memory.
+
+Where parts are independent (channels of a BatchNorm, images of a convolution's input gradient), the bits are those of
+the whole. A sum over slices rounds differently; such functions say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+SLICE_BYTES = 1 << 20  # of one operand: fits a cache
+
+
+def batch_norm_backward_(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return native_batch_norm_backward's three results for `x` (N, C, ...); the first is written over `grad`."""
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+    for s in _slices(x.shape[1], x.numel() * x.element_size()):
+        part = aten.native_batch_norm_backward.default(
+            grad[:, s].contiguous(),
+            x[:, s].contiguous(),
+            weight[s],
+            mean[s],
+            invstd[s],
+            mean[s],
+            invstd[s],
+            True,
+            eps,
+            [True, True, True],
+        )
+        grad[:, s], grad_weight[s], grad_bias[s] = part
+        del part
+    return grad, grad_weight, grad_bias
+
+
+def convolution_input_gradient(grad: Tensor, size: Sequence[int], weight: Tensor, options: Sequence[Any]) -> Tensor:
+    """Return convolution_backward's gradient for an input of `size` (N, C, ...), image by image.
+
+    `options` are that op's arguments from `bias_sizes` to `groups`.
+    """
+    out = grad.new_empty(tuple(size))
+    for s in _slices(size[0], max(t.numel() * t.element_size() for t in (grad, out))):
+        # Of the input only the geometry counts, which its own gradient shares.
+        part = aten.convolution_backward.default(grad[s], out[s], weight, *options, [True, False, False])
+        out[s] = part[0]
+        del part
+    return out
+
+
+def convolution_weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return convolution_backward's gradients for weight and bias (`mask`), summed image by image: other rounding."""
+    total: list[Tensor | None] = [None, None]
+    for s in _slices(x.shape[0], max(t.numel() * t.element_size() for t in (grad, x))):
+        part = aten.convolution_backward.default(grad[s], x[s], weight, *options, [False, *mask])
+        for i, new in enumerate(part[1:]):
+            if mask[i]:
+                total[i] = new if total[i] is None else total[i].add_(new)  # type: ignore[union-attr]
+        del part, new
+    return total[0], total[1]
+
+
+def _slices(count: int, nbytes: int) -> Iterator[slice]:
+    """Cut `count` parts of `nbytes` together into slices of about SLICE_BYTES."""
+    step = max(1, SLICE_BYTES * count // max(1, nbytes))
+    for start in range(0, count, step):
+        yield slice(start, start + step)

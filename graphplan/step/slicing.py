@@ -1,0 +1,124 @@
+"""Put sliced backward ops into a step's graph in place of whole ones, where tensors are large."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphplan.graph import tensors_of
+from graphplan.step import slices
+
+aten = torch.ops.aten
+LEAST_BYTES = 1 << 22  # smaller operands are not worth a second call
+
+
+def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> None:
+    """Rewrite the large BatchNorm and convolution backward ops of `graph`.
+
+    With `exact`, only in ways that keep every bit: a convolution's weight gradient then stays one sum.
+    """
+    for node in [n for n in graph.nodes if n in backward]:
+        if node.target is aten.native_batch_norm_backward.default:
+            _slice_batch_norm(graph, backward, node)
+        elif node.target is aten.convolution_backward.default:
+            _split_convolution(graph, backward, node, exact)
+
+
+def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) -> None:
+    """The input's gradient is written over the output's where that dies here."""
+    grad, x, weight, _, _, mean, invstd, train, eps, mask = node.args
+    if train is not True or list(mask) != [True, True, True] or not isinstance(weight, fx.Node):  # type: ignore[arg-type]
+        return
+    assert isinstance(grad, fx.Node)
+    assert isinstance(x, fx.Node)
+    g, v = grad.meta["val"], x.meta["val"]
+    dense = _plain(g) and v.is_contiguous() and g.dtype is v.dtype
+    if not (dense and _large(v) and _dies_at(graph, backward, grad, node)):
+        return
+    with graph.inserting_before(node):
+        new = graph.call_function(slices.batch_norm_backward_, (grad, x, weight, mean, invstd, eps))
+    val = node.meta["val"]
+    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True)
+    for item in list(node.users):
+        item.args = (new, item.args[1])
+        if item.args[1] == 0:
+            item.meta["val"] = g
+    _replaced(graph, backward, node, new)
+
+
+def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, exact: bool) -> None:
+    """First the weight's gradient, so that the input can die, then the input's gradient, image by image."""
+    grad, x, weight, *options, mask = node.args
+    assert isinstance(grad, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(mask, list | tuple)
+    items: dict[Any, fx.Node] = {i.args[1]: i for i in node.users}
+    g, v = grad.meta["val"], x.meta["val"]
+    if not (_large(v) or _large(g)) or not v.is_contiguous() or not set(items) <= {0, 1, 2}:
+        return
+    made = []
+    with graph.inserting_before(node):
+        if 1 in items or 2 in items:
+            made.append(_weight_gradient(graph, node, items, exact))
+        if 0 in items:
+            args = (grad, list(v.shape), weight, list(options))
+            made.append(graph.call_function(slices.convolution_input_gradient, args))
+            made[-1].meta.update(val=items[0].meta["val"], graphplan_pure=True)
+            items[0].replace_all_uses_with(made[-1])
+            graph.erase_node(items[0])
+            backward.discard(items[0])
+    _replaced(graph, backward, node, *made)
+
+
+def _weight_gradient(graph: fx.Graph, node: fx.Node, items: dict[Any, fx.Node], exact: bool) -> fx.Node:
+    grad, x, weight, *options, _ = node.args
+    wanted = [1 in items, 2 in items]
+    if exact:
+        new = graph.call_function(aten.convolution_backward.default, (*node.args[:-1], [False, *wanted]))
+        first = 1
+        new.meta["val"] = (None, *(t if w else None for t, w in zip(node.meta["val"][1:], wanted, strict=True)))
+    else:
+        args = (grad, x, weight, list(options), wanted)
+        new = graph.call_function(slices.convolution_weight_gradient, args)
+        first = 0
+        new.meta["val"] = tuple(t if w else None for t, w in zip(node.meta["val"][1:], wanted, strict=True))
+        new.meta["graphplan_pure"] = True
+    for index in (1, 2):
+        if index in items:
+            items[index].args = (new, index - 1 + first)
+    return new
+
+
+def _replaced(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, *new: fx.Node) -> None:
+    backward.discard(node)
+    backward.update(new)
+    graph.erase_node(node)
+
+
+def _large(value: Tensor) -> bool:
+    return math.prod(value.shape) * value.element_size() >= LEAST_BYTES
+
+
+def _plain(value: Tensor) -> bool:
+    """Whether a tensor fills its storage in the order of its dimensions."""
+    nbytes = value.numel() * value.element_size()
+    return value.is_contiguous() and value.storage_offset() == 0 and value.untyped_storage().nbytes() == nbytes
+
+
+def _dies_at(graph: fx.Graph, backward: set[fx.Node], grad: fx.Node, reader: fx.Node) -> bool:
+    """Whether nothing reads the memory of `grad` after `reader`, and it was written in the backward."""
+    holders = defaultdict(list)
+    order = {}
+    for t, node in enumerate(graph.nodes):
+        order[node] = t
+        for value in tensors_of(node):
+            holders[value.untyped_storage()._cdata].append(node)
+    own = holders[grad.meta["val"].untyped_storage()._cdata]
+    if any(n not in backward and n.target is not operator.getitem for n in own):
+        return False
+    return all(order[user] <= order[reader] for n in own for user in n.users)

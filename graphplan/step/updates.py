@@ -1,0 +1,134 @@
+"""The update ops of a planned step: one parameter's share of torch.optim's own functional optimizers.
+
+An update works in pieces of PIECE elements, so that its temporaries never have a parameter's size. The arithmetic is
+elementwise: pieces give the same bits as the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import adam as torch_adam
+from torch.optim import sgd as torch_sgd
+from torch.optim.optimizer import _get_scalar_dtype
+
+PIECE = 1 << 18
+State = dict[str, Any]  # one parameter's entry in `optimizer.state`, filled at its first update
+Settings = Mapping[str, Any]  # one of `optimizer.param_groups`, read at every step
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one optimizer class updates one parameter.
+
+    `update(param, grad, state, settings)` changes the parameter and its state in place; `state_names` are the
+    tensors of the parameter's geometry that it keeps, `counts` is whether it counts steps too.
+    """
+
+    update: Callable[[Tensor, Tensor, State, Settings], None]
+    state_names: Callable[[Settings], tuple[str, ...]]
+    counts: bool
+
+
+def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
+    """Apply torch.optim.SGD to one parameter."""
+    keeps = settings["momentum"] != 0
+    buffer = state.get("momentum_buffer") if keeps else None
+    made = torch.empty_like(param) if keeps and buffer is None else None  # the first step's gradient starts it
+    for piece in _pieces(param, settings):
+        buffers = [None if buffer is None else buffer[piece]]
+        torch_sgd.sgd(
+            [param[piece]],
+            [_matching(grad, param, settings)[piece]],
+            buffers,
+            weight_decay=settings["weight_decay"],
+            momentum=settings["momentum"],
+            lr=settings["lr"],
+            dampening=settings["dampening"],
+            nesterov=settings["nesterov"],
+            maximize=settings["maximize"],
+            foreach=settings["foreach"],
+            fused=settings["fused"],
+        )
+        if made is not None and buffers[0] is not None:
+            made[piece].copy_(buffers[0])
+    if made is not None:
+        state["momentum_buffer"] = made
+
+
+def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
+    """Apply torch.optim.Adam or AdamW (`decoupled_weight_decay`) to one parameter."""
+    if not state:
+        _begin_adam(param, state, settings)
+    beta1, beta2 = settings["betas"]
+    before, step = state["step"], state["step"]
+    for piece in _pieces(param, settings):
+        step = before.clone()  # each piece counts the step once
+        torch_adam.adam(
+            [param[piece]],
+            [_matching(grad, param, settings)[piece]],
+            [state["exp_avg"][piece]],
+            [state["exp_avg_sq"][piece]],
+            [state["max_exp_avg_sq"][piece]] if settings["amsgrad"] else [],
+            [step],
+            foreach=settings["foreach"],
+            capturable=settings["capturable"],
+            fused=settings["fused"],
+            decoupled_weight_decay=settings["decoupled_weight_decay"],
+            amsgrad=settings["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=settings["lr"],
+            weight_decay=settings["weight_decay"],
+            eps=settings["eps"],
+            maximize=settings["maximize"],
+        )
+    before.copy_(step)
+
+
+def _begin_adam(param: Tensor, state: State, settings: Settings) -> None:
+    """Fill `state` as torch.optim.Adam does at a parameter's first step."""
+    on_device = settings["capturable"] or settings["fused"]
+    dtype = _get_scalar_dtype(is_fused=settings["fused"])  # type: ignore[no-untyped-call]
+    state["step"] = torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+    for name in _adam_state(settings):
+        state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _sgd_state(settings: Settings) -> tuple[str, ...]:
+    return ("momentum_buffer",) if settings["momentum"] != 0 else ()
+
+
+def _adam_state(settings: Settings) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if settings["amsgrad"] else ()))
+
+
+RULES: dict[type, Rule] = {
+    torch.optim.SGD: Rule(sgd, _sgd_state, counts=False),
+    torch.optim.Adam: Rule(adam, _adam_state, counts=True),
+    torch.optim.AdamW: Rule(adam, _adam_state, counts=True),
+}
+
+
+def _pieces(param: Tensor, settings: Settings) -> Iterator[Any]:
+    """Yield indices that cut a parameter along its first dimension into pieces of about PIECE elements.
+
+    The fused kernels need no temporaries, and a parameter without dimensions cannot be cut.
+    """
+    if param.numel() <= PIECE or settings["fused"] or param.dim() == 0:
+        yield ...
+        return
+    rows = max(1, PIECE * param.shape[0] // param.numel())
+    for start in range(0, param.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _matching(grad: Tensor, param: Tensor, settings: Settings) -> Tensor:
+    """Return the gradient as the fused kernels need it: they walk the memory, whatever the strides."""
+    if not settings["fused"] or grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param).copy_(grad)

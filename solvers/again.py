@@ -1,0 +1,216 @@
+"""More than one recompute a value: a schedule is unrolled into a program of its own, and planned once more.
+
+The *unrolled* problem has the steps of a schedule as its program, each write a value of its own, and its turn at any
+step after the original one. A value that is there at the new turn, whether from the forward or from a restore, may
+then leave and come back: recomputed for the second time, or the third. Units, fates, flips and profiles are as for the
+first time. Folded back, the versions of a value become one again, which never takes more memory, and `simulate`
+judges. Only what the forward wrote is written again: the plans are of class `ANY_PLAN`.
+
+One recompute at a time, iterated; Bartan et al. 2023 (Moccasin) allow a fixed number of intervals a value at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from solvers.evaluate import keep_everything, to_schedule
+from solvers.greedy import descend, polish
+from solvers.ladder import Low
+from solvers.problem import Kind, Op, OpId, Problem, Schedule, ValueId
+from solvers.search import Search
+from solvers.simulate import InvalidSchedule, simulate, take_overs
+from solvers.units import Units, build_units
+
+TURNS = 6  # steps at which a schedule is turned, the highest peaks first, before it counts as as low as can be
+STEP = 2e-4  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
+LESS = 0.999  # of the area above the target must be left at most, for a turn to count
+STARTS = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
+ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
+
+
+@dataclass(frozen=True, slots=True)
+class Unrolled:
+    """A schedule as a problem: `origin[o]` is the original op that op o of `problem` runs."""
+
+    problem: Problem
+    origin: tuple[OpId, ...]
+
+    def fold(self, schedule: Schedule) -> Schedule:
+        """Return a schedule of the unrolled problem as one of the original."""
+        return tuple(self.origin[o] for o in schedule)
+
+
+@dataclass(slots=True)
+class _Unroller:
+    problem: Problem
+    turn: int  # the step at which the unrolled problem turns
+    ops: list[Op] = field(default_factory=list)
+    origin: list[OpId] = field(default_factory=list)
+    variants: list[tuple[Op, OpId]] = field(default_factory=list)
+    values: list[ValueId] = field(default_factory=list)  # new value -> original
+    written: list[int] = field(default_factory=list)  # new value -> step
+    version: dict[ValueId, ValueId] = field(default_factory=dict)  # original value -> newest version
+
+    def step(self, o: OpId, taken: ValueId | None, repeatable: bool) -> None:
+        """Add one step of the schedule; `taken` is the value that it takes over there."""
+        op, t = self.problem.ops[o], len(self.ops)
+        before = dict(self.version) if not op.repeatable else self.version
+        reads = tuple(self.version[v] for v in op.reads)
+        over = None if taken is None else self.version[taken]
+        # A value that crosses the new turn, or is read there, keeps its memory.
+        if over is not None and (t == self.turn or (self.written[over] >= self.turn) != (t > self.turn)):
+            over = None
+        for v in op.writes:
+            self.version[v] = len(self.values)
+            self.values.append(v)
+            self.written.append(t)
+        writes = tuple(self.version[v] for v in op.writes)
+        self.ops.append(Op(op.name, reads, writes, op.cost_ns, op.workspace_bytes, repeatable, takes_over=over))
+        self.origin.append(o)
+        if not op.repeatable:
+            self._variants(o, t, before)
+
+    def _variants(self, o: OpId, t: int, before: dict[ValueId, ValueId]) -> None:
+        """What may run in the place of a step that runs once."""
+        for i, op in enumerate(self.problem.ops):
+            if op.instead_of == o and op.kind is Kind.COMPUTE and before.keys() >= set(op.reads):
+                reads, writes = tuple(before[v] for v in op.reads), tuple(self.version[v] for v in op.writes)
+                self.variants.append((replace(op, reads=reads, writes=writes, instead_of=t, takes_over=None), i))
+
+    def finish(self) -> Unrolled:
+        """Return the problem that the steps make."""
+        sizes, names = self.problem.value_bytes, self.problem.value_names
+        made = replace(
+            self.problem,
+            ops=(*self.ops, *(op for op, _ in self.variants)),
+            program=tuple(range(len(self.ops))),
+            turn=self.turn,
+            value_bytes=tuple(sizes[v] for v in self.values),
+            value_names=tuple(names[v] for v in self.values),
+            keep=frozenset(self.version[v] for v in self.problem.keep),
+        )
+        return Unrolled(made, (*self.origin, *(i for _, i in self.variants)))
+
+
+def unroll(problem: Problem, schedule: Schedule, turn: int) -> Unrolled:
+    """Return `schedule` as a problem that turns at step `turn`, which is not before the original turn."""
+    taken = take_overs(problem.ops, schedule, problem.program[problem.turn], problem.keep)
+    forward = set(problem.program[: problem.turn])
+    made = _Unroller(problem, turn)
+    for t, o in enumerate(schedule):
+        op = problem.ops[o]
+        again = op.kind is Kind.COMPUTE and (o in forward or op.instead_of in forward)
+        made.step(o, taken.get(t), op.repeatable and again)
+    return made.finish()
+
+
+def lower_again(search: Search, problem: Problem, schedule: Schedule, floor_bytes: int) -> Schedule:
+    """Return a schedule of smaller peak that recomputes more, or the same one, within the work of `search`."""
+    peak = simulate(problem, schedule).peak_bytes
+    step = (peak - floor_bytes) / 2
+    while search.left() > 0 and step > peak / ENOUGH:
+        target = max(float(floor_bytes), peak - step)
+        found = _fit(search, problem, schedule, target)
+        reached = simulate(problem, found).peak_bytes
+        if reached < peak:
+            schedule, peak = found, reached
+        if peak > target:
+            step /= 2
+        step = min(step, peak - floor_bytes)
+    return schedule
+
+
+def fit_again(search: Search, units: Units, low: Low) -> None:
+    """Offer plans that recompute more than once, for a budget below the peak of `low`, which do not."""
+    if search.schedule is not None:
+        search.offer(_spare(search, search.schedule))
+    for share in STARTS:
+        start = to_schedule(units, polish(search, units, low.vector, share * low.peak_bytes))
+        found = _fit(search, search.problem, start, search.problem.budget_bytes)
+        if search.offer(found).peak_bytes <= search.problem.budget_bytes:
+            search.offer(_spare(search, found))
+
+
+def _fit(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule:
+    """Bring a schedule down towards `target`, one turn after the other; return that of least peak on the way."""
+    best, least = schedule, simulate(problem, schedule).peak_bytes
+    while least > target and search.left() > 0:
+        found = _down(search, problem, schedule, target)
+        if found is None:
+            break
+        schedule, peak = found, simulate(problem, found).peak_bytes
+        if peak < least:
+            best, least = schedule, peak
+    return best
+
+
+def _down(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule | None:
+    """Turn at one of the highest peaks and flip: return what has less area above the target; None: no turn helps."""
+    usage = simulate(problem, schedule)
+    for turn in _turns(problem, schedule, usage.bytes_at):
+        if search.left() <= 0:
+            return None
+        unrolled = unroll(problem, schedule, turn)
+        units = build_units(unrolled.problem)
+        search.spend(STEP * len(schedule))
+        fates = descend(search, units, keep_everything(units), target, by_area=True)
+        if simulate(unrolled.problem, to_schedule(units, fates)).peak_bytes <= target:
+            fates = polish(search, units, fates, target)
+        found = unrolled.fold(to_schedule(units, fates))
+        if _area(problem, found, target) < LESS * _area(problem, schedule, target):
+            return found
+    return None
+
+
+def _area(problem: Problem, schedule: Schedule, target: float) -> float:
+    return sum(max(0.0, b - target) for b in simulate(problem, schedule).bytes_at)
+
+
+def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...]) -> list[int]:
+    """Return the highest steps after the turn, none close to another."""
+    level = np.array(bytes_at, np.int64)
+    level[: schedule.index(problem.program[problem.turn]) + 1] = -1
+    apart, found = max(1, len(level) // 200), list[int]()
+    for _ in range(TURNS):
+        t = int(np.argmax(level))
+        if level[t] < 0:
+            break
+        found.append(t)
+        level[max(0, t - apart) : t + apart + 1] = -1
+    return found
+
+
+def _spare(search: Search, schedule: Schedule) -> Schedule:
+    """Leave out repeated steps without which the schedule still runs and fits, the dearest first.
+
+    They are tried in groups that double where they can all go and halve where they cannot.
+    """
+    problem = search.problem
+    seen: set[ValueId] = set()
+    repeated: list[tuple[int, int]] = []
+    for t, o in enumerate(schedule):
+        if problem.ops[o].repeatable and seen.issuperset(problem.ops[o].writes):
+            repeated.append((-problem.ops[o].cost_ns, t))
+        seen.update(problem.ops[o].writes)
+    order = [t for _, t in sorted(repeated)]
+    gone: set[int] = set()
+    first, group = 0, 1
+    while first < len(order) and search.left() > 0:
+        trial = gone.union(order[first : first + group])
+        search.spend(STEP * len(schedule))
+        if _runs(problem, tuple(o for t, o in enumerate(schedule) if t not in trial)):
+            gone, first, group = trial, first + group, 2 * group
+        elif group > 1:
+            group //= 2
+        else:
+            first += 1
+    return tuple(o for t, o in enumerate(schedule) if t not in gone)
+
+
+def _runs(problem: Problem, schedule: Schedule) -> bool:
+    try:
+        return simulate(problem, schedule).peak_bytes <= problem.budget_bytes
+    except InvalidSchedule:
+        return False

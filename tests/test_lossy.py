@@ -1,0 +1,375 @@
+"""Lossy codecs end to end: what reads them, what they add to the gradient, and what a plan says about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphplan
+from graphplan.capture import Capture, capture
+from graphplan.codecs import CODECS, choose_codecs
+from graphplan.codecs.lossy import DECIDES
+from graphplan.instructions import Instructions, instructions_of
+from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
+from graphplan.replay import Batch, Tape
+from graphplan.rewrite import rewrite
+from graphplan.runtime import Step
+
+LOSSY = [name for name, codec in CODECS.items() if not codec.exact]
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for wide, out in ((3, 12), (12, 12), (12, 12), (12, 12)):
+        layers += [nn.Conv2d(wide, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        parts = self.qkv(self.norms[0](x)).view(b, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).reshape(b, t, c))
+        return x + F.dropout(self.down(F.gelu(self.up(self.norms[1](x)))), 0.1)
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), Block(64), Block(64), nn.LayerNorm(64), nn.Linear(64, 5))
+
+
+def noisy(model: nn.Module, x: Tensor, loss: dict[str, Any], codecs: Any = "lossy") -> graphplan.PlannedModule:
+    """Return the model under a plan with lossy codes: on a device whose ops are dear beside its codes."""
+    device = graphplan.optimize(model, "100%", (x,), codecs=codecs, time_limit=3, **loss).device_profile
+    for key, sample in device.samples.items():
+        device.samples[key] = replace(sample, cost_ns=10**6 if sample.target.startswith("aten.") else 1)
+    planned = graphplan.optimize(model, "75%", (x,), codecs=codecs, time_limit=3, device=device, **loss)
+    assert planned.plan.noise > 0
+    return planned
+
+
+def images() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(16, 3, 24, 24), torch.randint(5, (16,))
+
+
+def sequences() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(16, 32, 16), torch.randint(5, (16, 32))
+
+
+def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def case(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    if name == "conv":
+        return conv_net(), *images()
+    return transformer(), *sequences()
+
+
+def offered(model: nn.Module, x: Tensor, codecs: Any = "lossy") -> tuple[Capture, Instructions]:
+    captured = capture(model, (x,), {})
+    return captured, instructions_of(captured.graph, choose_codecs(codecs))
+
+
+def all_encoded(captured: Capture, instructions: Instructions, codec: str, only: str | None = None) -> list[str]:
+    """The program with every activation (or only the one so named) that `codec` offers encoded by it."""
+    codes = {e.id for e in instructions.encoded if e.codec == codec}
+    if only is not None:
+        codes = {e for e in codes if captured.graph.storages[_of(instructions, e)].name == only}
+    encodes = [i for i in instructions.items if i.kind == "encode" and codes & set(i.writes)]
+    taken: dict[int, str] = {}
+    for item in instructions.items:
+        if item.kind == "variant" and codes & set(item.reads) and item.op is not None:
+            taken.setdefault(item.op, item.name)
+    steps = []
+    for item in (instructions.items[i] for i in instructions.program):
+        if item.kind == "turn":
+            steps.extend(e.name for e in encodes)
+        steps.append(taken.get(item.op, item.name) if item.op is not None else item.name)
+    return steps
+
+
+def _of(instructions: Instructions, encoded: int) -> int:
+    return next(e.of for e in instructions.encoded if e.id == encoded)
+
+
+def gradients(captured: Capture, instructions: Instructions, steps: list[str], model: nn.Module, x: Tensor) -> Any:
+    """Run one step of a program and return its output and each parameter's gradient."""
+    step = Step.of(captured, rewrite(captured.graph, instructions, steps))
+    model.zero_grad()
+    torch.manual_seed(3)
+    y = step.run(model, [x])
+    y.sin().sum().backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_only_backward_ops_read_a_code(name: str) -> None:
+    """A decoded value is no value of the Problem: nothing can be recomputed from it, nothing decided by it."""
+    model, x, _ = case(name)
+    captured, instructions = offered(model, x)
+    codes = {e.id for e in instructions.encoded if e.lossy}
+    readers = [i for i in instructions.items if codes & set(i.reads)]
+    assert len(readers) >= 4 * len(LOSSY)
+    for item in readers:
+        assert item.kind == "variant"
+        assert item.op is not None
+        op = captured.graph.ops[item.op]
+        assert op.backward
+        assert op.node.target not in DECIDES
+    assert not any(codes & set(i.writes) for i in instructions.items if i.kind != "encode")
+    assert {e.codec for e in instructions.encoded if e.lossy} == set(LOSSY)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_a_step_from_codes(name: str, codec: str) -> None:
+    """Outputs are exact; gradients are near, the nearer the more bits; a step has its own rounding."""
+    model, x, _ = case(name)
+    captured, instructions = offered(model, x)
+    program = [instructions.items[p].name for p in instructions.program]
+    plain_y, plain = gradients(captured, instructions, program, model, x)
+    steps = all_encoded(captured, instructions, codec)
+    y, noisy = gradients(captured, instructions, steps, model, x)
+    assert torch.equal(plain_y, y)
+    off = math.sqrt(sum(float((noisy[n] - g).square().sum()) for n, g in plain.items()))
+    off /= math.sqrt(sum(float(g.square().sum()) for g in plain.values()))
+    assert 0 < off < {"bf16": 0.02, "int8": 0.02, "int4": 0.25, "int2": 1.0}[codec], off
+
+
+def test_the_mask_of_a_relu_is_exact() -> None:
+    """With the ReLU's own output in two bits, what flows back through it is what it was, to the bit."""
+    model, x, _ = case("conv")
+    captured, instructions = offered(model, x)
+    program = [instructions.items[p].name for p in instructions.program]
+    _, plain = gradients(captured, instructions, program, model, x)
+    steps = all_encoded(captured, instructions, "int2", only="relu_1")
+    assert any("from_int2_mask" in s for s in steps)
+    _, noisy = gradients(captured, instructions, steps, model, x)
+    wrong = {n for n, g in plain.items() if not torch.equal(g, noisy[n])}
+    assert wrong == {"6.weight"}  # of the convolution that reads it
+
+
+def test_noise_of_a_linear_layer_is_the_closed_form() -> None:
+    """V = sum over samples of ||dY_n||^2 times the variances of row n's errors, s^2 f (1 - f) each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 6))
+    x, y = torch.randn(64, 8), torch.randint(6, (64,))
+    captured, instructions = offered(model, x, ["int4"])
+    # tanh's own backward reads its output, too: leave only the linear layer's reader
+    batch = Batch(model, [x], F.cross_entropy, y)
+    tape = Tape(captured, batch, keep=True)
+    hidden = torch.tanh(model[0](x)).detach()
+    logits = model[2](hidden).detach().requires_grad_()
+    (dy,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+    groups = hidden.view(64, 2, 256)
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    step = (high - low) / 15
+    at = (groups - low) / step
+    variance = (step.square() * (at - at.floor()) * (1 - at + at.floor())).sum(dim=(1, 2))
+    expected = float((dy.square().sum(dim=1) * variance).sum())
+    found = []
+    for key in range(40):
+        code = torch.ops.graphplan.quantise(hidden, 4, key, 0)
+        back = torch.ops.graphplan.dequantise(code, 4, hidden.shape, hidden.stride(), hidden.dtype)
+        found.append(float((dy.t() @ (back - hidden)).square().sum()))
+    assert sum(found) / len(found) == pytest.approx(expected, rel=0.05)
+    noise = estimate(captured, instructions, batch)
+    rho = noise.rho["tanh"]["int4"] * sum(gradient_variance(captured, batch).values())
+    steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, "int4", only="tanh"))
+    joint = measure_noise(captured, steps, batch).noise * noise.gradient_variance
+    assert rho == pytest.approx(joint, rel=0.35)
+    assert rho > 0.9 * expected
+    assert set(tape.gradients) == {n for n, _ in model.named_parameters()}
+
+
+def test_the_tape_is_autograd_s() -> None:
+    for name in ("conv", "transformer"):
+        model, x, targets = case(name)
+        if name == "transformer":
+            model.eval()
+            model[0].train()  # no dropout: two runs would draw two masks
+        captured = capture(model, (x,), {})
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        tape = Tape(captured, Batch(model, [x], token_loss, targets), keep=False)
+        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+        token_loss(model(x), targets).backward()
+        for n, p in model.named_parameters():
+            assert p.grad is not None
+            assert torch.allclose(tape.gradient(n), p.grad, rtol=1e-3, atol=1e-6), n
+
+
+def test_gradient_variance_is_that_over_batches() -> None:
+    """Against the variance of the mean over many batches drawn from one distribution."""
+    torch.manual_seed(0)
+    model = nn.Linear(20, 3)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return torch.randn(32, 20), torch.randint(3, (32,))
+
+    captured = capture(model, (draw()[0],), {})
+    squares, found = [], []
+    for _ in range(200):
+        x, y = draw()
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), tuple(model.parameters()))
+        squares.append(torch.cat([g.flatten() for g in grads]))
+        found.append(sum(gradient_variance(captured, Batch(model, [x], F.cross_entropy, y)).values()))
+    true = float(torch.stack(squares).var(dim=0).sum())
+    assert sum(found) / len(found) == pytest.approx(true, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_noise_adds_up(name: str) -> None:
+    model, x, targets = case(name)
+    captured, instructions = offered(model, x)
+    batch = Batch(model, [x], token_loss, targets)
+    noise = estimate(captured, instructions, batch)
+    for codec in ("int8", "int4"):
+        steps = all_encoded(captured, instructions, codec)
+        used = {s.removesuffix(f"__{codec}") for s in steps if s.endswith(f"__{codec}")}
+        # An op that reads two codes runs from one of them here.
+        predicted = sum(noise.rho[a][codec] for a in used)
+        measured = measure_noise(captured, rewrite(captured.graph, instructions, steps), batch)
+        assert 0.6 <= predicted / measured.noise <= 1.6, codec
+        assert measured.bias < 0.2
+
+
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_a_plan_within_its_cap(name: str) -> None:
+    """On a machine with fast codes: noise predicted, measured, verified; the budget held; shipped to a client."""
+    model, x, targets = case(name)
+    loss = {"loss_fn": token_loss, "example_targets": targets}
+    exact = graphplan.optimize(model, "100%", (x,), time_limit=4, **loss).plan
+    here = graphplan.optimize(model, "100%", (x,), time_limit=4, codecs="lossy", **loss)
+    assert here.plan.minimum_peak_bytes <= exact.minimum_peak_bytes
+    device = here.device_profile
+    ours = [k for k, s in device.samples.items() if s.target in ("encode", "decode") or s.target.endswith(":variant")]
+    device.samples.update({k: replace(device.samples[k], cost_ns=1) for k in ours})
+    budget = (2 * here.plan.minimum_peak_bytes + here.plan.baseline_peak_bytes) // 3
+    planned = graphplan.optimize(model, budget, (x,), time_limit=4, codecs="lossy", device=device, **loss)
+    plan = planned.plan
+    assert 0 < plan.noise <= plan.gradient_noise == 0.1
+    assert plan.noise_measured is not None
+    assert 0.4 <= plan.noise / plan.noise_measured <= 2.5
+    assert {d.codec for d in plan.decisions.values()} & set(LOSSY)
+    assert "gradient noise: predicted" in str(plan)
+    report = graphplan.verify(planned, model, (x,), **loss)
+    assert report.peak_bytes <= plan.budget_bytes
+    assert graphplan.Plan.from_json(plan.to_json()) == plan
+    # The client's side: nothing is estimated there, and the plan's noise stands.
+    client = graphplan.apply(model, plan, (x,), **loss)
+    assert client.plan.noise == plan.noise
+    graphplan.verify(client, model, (x,), **loss)
+
+
+def test_no_noise_allowed_means_none() -> None:
+    model, x, targets = case("conv")
+    loss = {"loss_fn": token_loss, "example_targets": targets}
+    planned = graphplan.optimize(model, "100%", (x,), codecs="lossy", gradient_noise=0.0, time_limit=3, **loss)
+    least = planned.at_budget(planned.plan.minimum_peak_bytes)
+    assert least.prepare(x).noise == 0
+    assert not {d.codec for d in least.plan.decisions.values()} & set(LOSSY)
+
+
+def test_verify_sees_a_wrong_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, targets = case("conv")
+    loss = {"loss_fn": token_loss, "example_targets": targets}
+    tight = noisy(model, x, loss, ("int4",))
+    from graphplan.functions import group
+
+    right = group._decode
+    monkeypatch.setattr(group, "_decode", lambda codes, low, step, bits: right(codes, low, -step, bits))
+    with pytest.raises(graphplan.PromiseBroken, match="gradient noise"):
+        graphplan.verify(tight, model, (x,), **loss)
+
+
+def test_estimates_are_saved_and_shipped(tmp_path: Path) -> None:
+    model, x, targets = case("conv")
+    loss = {"loss_fn": token_loss, "example_targets": targets}
+    noise = graphplan.estimate_noise(model, (x,), **loss)
+    noise.save(tmp_path / "noise.json")
+    assert Noise.load(tmp_path / "noise.json") == noise
+    adam = graphplan.estimate_noise(model, (x,), weights="adam", **loss)
+    assert adam.rho.keys() == noise.rho.keys()
+    assert adam != noise
+    planned = graphplan.optimize(model, "100%", (x,), codecs="lossy", noise=noise, time_limit=3, **loss)
+    assert planned.entry().prepared.noise == noise
+    refused = replace(noise, bias=dict.fromkeys(noise.rho, 0.5))
+    without = graphplan.optimize(model, "100%", (x,), codecs="lossy", noise=refused, time_limit=3, **loss)
+    assert without.at_budget(without.plan.minimum_peak_bytes).prepare(x).noise == 0
+    assert noise.ppb("no such activation", "int4") == REFUSED_PPB
+    text = (tmp_path / "noise.json").read_text()
+    for bad in (text[:-40], "[]", json.dumps({"format": "graphplan-noise-9"}), text.replace('"bias"', '"lean"')):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(NoiseFormatError):
+            Noise.load(tmp_path / "bad.json")
+    with pytest.raises(graphplan.GraphplanError, match="noise must be"):
+        graphplan.optimize(model, "100%", (x,), codecs="lossy", noise=text)  # type: ignore[arg-type]
+    with pytest.raises(graphplan.GraphplanError, match="weights"):
+        graphplan.estimate_noise(model, (x,), weights="lion")
+
+
+def test_what_is_not_finite_is_kept() -> None:
+    model, x, targets = case("conv")
+    x = x.clone()
+    x[0, 0, 0, 0] = math.inf
+    noise = graphplan.estimate_noise(model, (x,), loss_fn=token_loss, example_targets=targets)
+    assert noise.ppb("convolution", "int8") == REFUSED_PPB
+
+
+def test_steps_round_anew_and_the_seed_repeats_them() -> None:
+    model, x, targets = case("conv")
+    loss = {"loss_fn": token_loss, "example_targets": targets}
+    plan = noisy(model, x, loss).plan
+
+    def two_steps() -> list[Tensor]:
+        torch.manual_seed(11)
+        client = graphplan.apply(model, plan, (x,), **loss)
+        found = []
+        for _ in range(2):
+            model.zero_grad()
+            token_loss(client(x), targets).backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        return found
+
+    first, second = two_steps(), two_steps()
+    assert not torch.equal(first[0], first[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_a_loss_function() -> None:
+    """Random gradients at the outputs give noise of the same order as a loss: rho is a ratio."""
+    model, x, targets = case("conv")
+    made_up = graphplan.estimate_noise(model, (x,))
+    real = graphplan.estimate_noise(model, (x,), loss_fn=token_loss, example_targets=targets)
+    assert made_up.rho.keys() == real.rho.keys()
+    for name, rho in real.rho.items():
+        assert 0.1 < made_up.rho[name]["int4"] / rho["int4"] < 10, name
+
+    class OwnLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return token_loss(self.model(x), y)
+
+    own = graphplan.estimate_noise(OwnLoss(), (x, targets))
+    assert own.gradient_variance == pytest.approx(real.gradient_variance, rel=1e-3)
