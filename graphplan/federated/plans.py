@@ -17,7 +17,7 @@ from graphplan.lift import Prepared, lift
 from graphplan.optimize import Source, make_options, prepare
 from graphplan.pareto import along
 from graphplan.plan import Plan
-from solvers import Kind
+from solvers import Op
 
 SPARE = 5  # smaller plans that a client holds beside its own, to shrink without asking
 MOST_BYTES = 8 << 20  # of plans unpacked from one message
@@ -96,9 +96,21 @@ class Planner:
 
 
 def _once(prepared: Prepared) -> Prepared:
-    """Return the problem in which every computation runs once: what is not kept must be encoded."""
-    ops = tuple(replace(op, repeatable=False) if op.kind is Kind.COMPUTE else op for op in prepared.problem.ops)
-    return replace(prepared, problem=replace(prepared.problem, ops=ops))
+    """Return the problem in which every forward computation runs once: what is not kept must be encoded.
+
+    Variants of forward ops, which exist to run them again, get a workspace that fits no budget.
+    """
+    problem = prepared.problem
+    forward = set(problem.program[: problem.turn])
+    too_much = sum(problem.value_bytes) + problem.fixed_bytes
+
+    def once(o: int, op: Op) -> Op:
+        if o in forward:
+            return replace(op, repeatable=False)
+        return replace(op, workspace_bytes=too_much) if op.instead_of in forward else op
+
+    ops = tuple(once(o, op) for o, op in enumerate(problem.ops))
+    return replace(prepared, problem=replace(problem, ops=ops))
 
 
 def pack(plans: Iterable[Plan]) -> bytes:
