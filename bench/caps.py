@@ -105,7 +105,7 @@ def clients(model: str) -> dict[str, Any]:
             request = {"model": model, "budget": budget, "unplanned": unplanned, "device": str(device), "plans": ""}
             row["unplanned"] = in_process(request)
             if row["fits"]:
-                plans.write_bytes(pack([frontier.at(budget)]))
+                plans.write_bytes(pack([frontier.at(budget).to_json()]))
                 row["planned"] = in_process({**request, "plans": str(plans)})
             rows.append(row)
             print(model, f"{budget / unplanned:.0%}", row, flush=True)

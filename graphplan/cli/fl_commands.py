@@ -25,6 +25,10 @@ Batch = Annotated[int, typer.Option(min=1, help="Local batch size.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Local epochs of a round.")]
 Rate = Annotated[float, typer.Option(help="Local learning rate (SGD).")]
 Size = Annotated[str, typer.Option(help='"small" or "real": which size of a models_zoo model.')]
+Step = Annotated[bool, typer.Option("--step/--no-step", help="Plan whole steps, the update included.")]
+Program = Annotated[
+    bool, typer.Option("--program/--no-program", help="Send programs, for clients that have not the model's source.")
+]
 Device = Annotated[
     Path | None, typer.Option(help="A saved profile (graphplan profile --out) that all clients are like.")
 ]
@@ -46,6 +50,8 @@ def run(
     size: Size = "small",
     device: Device = None,
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
+    step: Step = False,
+    program: Program = False,
     as_json: AsJson = None,
 ) -> None:
     """Simulate a federation with `flwr run`; 4 when a client's reply is missing or failed."""
@@ -57,6 +63,7 @@ def run(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=clients, per_round=per_round, rounds=rounds, seed=seed, fleet=text, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
+            step=step, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_simulation(config, _listener(json_wanted)), json_wanted)
@@ -77,6 +84,8 @@ def up(
     size: Size = "small",
     device: Device = None,
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
+    step: Step = False,
+    program: Program = False,
     as_json: AsJson = None,
 ) -> None:
     """Start a SuperLink and one SuperNode a budget on loopback, run the app on them, and take them down."""
@@ -88,6 +97,7 @@ def up(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=len(budget), per_round=per_round or len(budget), rounds=rounds, seed=seed, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
+            step=step, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_deployment(config, budget, _listener(json_wanted)), json_wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from flwr.clientapp import ClientApp
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError, PlanMismatch
 from graphplan.federated.budget import Budget, predict, read_budget
+from graphplan.federated.carried import Carried, read_programs
 from graphplan.federated.config import RunConfig
-from graphplan.federated.execution import Order, Outcome, Refused, Trainer, train
+from graphplan.federated.data import Images
+from graphplan.federated.execution import Order, Outcome, Refused, Sized, Trainer, Trains, train
 from graphplan.federated.fleet import draw, read_fleet
 from graphplan.federated.plans import unpack
 from graphplan.federated.shrink import same_shapes
-from graphplan.federated.task import batches, number_of, share_of, task_of
-from graphplan.plan import Plan
+from graphplan.federated.task import batches, images_of, number_of, share_of, task_of
+from graphplan.program import ProgramTooLarge
 
 app = ClientApp()
 
@@ -30,8 +33,9 @@ def query(message: Message, context: Context) -> Message:
     """Say which client this is, what it may use, and what data it has."""
     config = RunConfig.of(context.run_config)
     client = _client(context)
-    task = task_of(config)
-    share = share_of(config, task, client)
+    # A client that has not the model's source counts its images without knowing their shape in the model.
+    train = images_of(config.data, None)[0] if config.program else task_of(config).train
+    share = share_of(config, train, client)
     told = message.content.config_records["config"]
     budget, source = _budget(config, context, _integer(told["unplanned-bytes"]), 0)
     device = _profile(config)
@@ -40,7 +44,7 @@ def query(message: Message, context: Context) -> Message:
         "budget_bytes": _observe(context, budget()),
         "budget_source": source,
         "examples": len(share.labels),
-        "labels": torch.bincount(share.labels, minlength=task.train.classes).tolist(),
+        "labels": torch.bincount(share.labels, minlength=train.classes).tolist(),
         "device_class": "" if device is None else f"{device.name}/{device.threads}/{device.torch_version}",
         "device": "" if device is None else device.to_json(),
     }
@@ -60,12 +64,6 @@ def train_round(message: Message, context: Context) -> Message:
     config = RunConfig.of(context.run_config)
     client, told = _client(context), message.content.config_records["config"]
     server_round = _integer(told["server-round"])
-    trainer = _trainer(config, _real(told["width"]))
-    state = message.content.array_records["arrays"].to_torch_state_dict()
-    if not same_shapes(trainer.model, state):
-        raise ValueError("the received weights are of another model than this client's")
-    trainer.model.load_state_dict(state)
-    share = share_of(config, trainer.task, client)
     unplanned = _integer(told["unplanned-bytes"])
     budget, _ = _budget(config, context, _integer(told["fleet-bytes"]), server_round)
     reserved = _integer(told["reserved-bytes"])
@@ -73,7 +71,12 @@ def train_round(message: Message, context: Context) -> Message:
     torch.manual_seed(number_of(seed))  # for models that draw random numbers
     report: dict[str, Any] = {"outcome": "trained", "reason": ""}
     try:
-        plans, report["reason"] = _plans(told["plans"], trainer, budget() - reserved)
+        side = _carried if config.program else _own
+        trainer, plans, share, report["reason"] = side(config, told, client, budget() - reserved)
+        state = message.content.array_records["arrays"].to_torch_state_dict()
+        if not same_shapes(trainer.model, state):
+            raise ValueError("the received weights are of another model than this client's")
+        trainer.model.load_state_dict(state)
         order = Order(plans, unplanned, config.learning_rate, _real(told["proximal-mu"]), config.cap)
         work = tuple(batches(share, config.batch, config.local_epochs, seed))
         outcome = train(trainer, work, order, lambda: budget() - reserved)
@@ -91,17 +94,46 @@ def train_round(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _plans(data: object, trainer: Trainer, budget_bytes: int) -> tuple[tuple[Plan, ...], str]:
-    """Return the received plans, or, where they cannot be used, one made here and why."""
+Side = tuple[Trains, Sequence[Sized], Images, str]  # who trains, what it was sent, its images, why it planned here
+
+
+def _own(config: RunConfig, told: ConfigRecord, client: int, budget_bytes: int) -> Side:
+    """Return what trains the model of this client's own source, by the received plans or one made here."""
+    trainer = _trainer(config, _real(told["width"]))
+    share, data = share_of(config, trainer.task.train, client), told["plans"]
     if not isinstance(data, bytes) or not data:
-        return (), ""
+        return trainer, (), share, ""
     try:
         plans = unpack(data)
         fitting = next((p for p in plans if p.peak_bytes <= budget_bytes), None)
         trainer.program(fitting or plans[-1])
-        return plans, ""
+        return trainer, plans, share, ""
     except (PlanFormatError, PlanMismatch) as e:
-        return (trainer.plan_here(budget_bytes),), f"planned here: {e}"
+        return trainer, (trainer.plan_here(budget_bytes, config.whole),), share, f"planned here: {e}"
+
+
+def _carried(config: RunConfig, told: ConfigRecord, client: int, budget_bytes: int) -> Side:
+    """Return what trains by the received programs alone; there is nothing here to plan with.
+
+    Raises:
+        Refused: none of them fits.
+        ProgramError, PlanFormatError: a damaged or hostile one.
+    """
+    data = told["plans"]
+    try:
+        carried = _programs(data if isinstance(data, bytes) else b"", max(1, budget_bytes), config.data)
+    except ProgramTooLarge as e:
+        raise Refused(f"no program that came along fits: {e}", _integer(told["unplanned-bytes"])) from e
+    shape = carried.programs[0].inputs[0].shape[1:]
+    return carried, carried.programs, share_of(config, images_of(config.data, shape)[0], client), ""
+
+
+@lru_cache(maxsize=2)
+def _programs(data: bytes, most_bytes: int, name: str) -> Carried:
+    programs = read_programs(data, most_bytes)
+    train = images_of(name, programs[0].inputs[0].shape[1:])[0]
+    rows = torch.arange(programs[0].inputs[0].shape[0]) % len(train.labels)
+    return Carried(programs, (train.images[rows], train.labels[rows]))
 
 
 def _metrics(outcome: Outcome, examples: int, server_round: int) -> MetricRecord:
@@ -131,8 +163,8 @@ def _device(path: str) -> Device | None:
 
 
 def _profile(config: RunConfig) -> Device | None:
-    """Return what this machine measured of the task's ops; None in a simulation, whose clients are all alike."""
-    if config.fleet or config.device:
+    """Return what this machine measured of the task's ops; None in a simulation, and without the model's source."""
+    if config.fleet or config.device or config.program:
         return None
     return _trainer(config, 1.0).profile()
 

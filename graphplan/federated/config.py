@@ -18,8 +18,8 @@ class RunConfig:
 
     `fleet` is the text of a fleet file ("": every node says its own budget); `device` the path of a saved
     graphplan.Device that all clients are like ("": each measures itself); `out` where the server writes its
-    events; `cap` puts local training under RLIMIT_DATA; `alike` lets clients of one process share what was
-    captured and metered (simulation).
+    events; `cap` puts local training under RLIMIT_DATA; `step` plans whole steps, the update included; `program`
+    sends such steps as programs, for clients that have not the model's source.
     """
 
     method: str = "fedhybrid"
@@ -38,6 +38,8 @@ class RunConfig:
     points: int = 16
     time_limit: float = 20.0
     cap: bool = False
+    step: bool = False
+    program: bool = False
     device: str = ""
     timeout: float = 600.0
     out: str = ""
@@ -72,6 +74,11 @@ class RunConfig:
                 raise FederatedError(f"run option {key!r} is {value!r}, expected {wanted.__name__}")
             read[name] = value
         return RunConfig(**read)  # type: ignore[arg-type]
+
+    @property
+    def whole(self) -> bool:
+        """Whether planned clients run whole steps."""
+        return self.step or self.program
 
     def flower(self) -> dict[str, int | float | str | bool]:
         """Return the options under Flower's names (with hyphens)."""

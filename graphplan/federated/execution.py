@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.federated.budget import Budget
-from graphplan.federated.task import Task, task_loss
+from graphplan.federated.task import Task, task_loss, task_options
 from graphplan.instructions import instructions_of
 from graphplan.measure import measure, resident_bytes
-from graphplan.optimize import make_options
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 from graphplan.profile import profile as measure_ops
+from graphplan.step import TrainStep
+from graphplan.whole import WholeStep
 
 
 class Refused(GraphplanError):
@@ -35,15 +37,41 @@ class Refused(GraphplanError):
         self.needed_bytes = needed_bytes
 
 
+class Sized(Protocol):
+    """A Plan or a Program."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """What its step takes."""
+
+
+class Trains(Protocol):
+    """What local training needs: the tensors, and a step for each plan."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Holds what is trained."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Updates it; whole steps are bound to it."""
+
+    def program(self, order: Sized | None) -> nn.Module | WholeStep:
+        """Return what runs a step; None is plain PyTorch."""
+
+    def peak(self, order: Sized | None) -> int:
+        """Return the measured peak of one step in bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a client is asked to train with. No plan: plain PyTorch, which takes `unplanned_bytes`.
 
-    `plans` are for one graph, by descending peak. `proximal_mu` pulls towards the received weights (FedProx),
-    whose copy then takes memory beside the step.
+    `plans` (or programs) are for one graph, by descending peak. `proximal_mu` pulls towards the received weights
+    (FedProx), whose copy then takes memory beside the step.
     """
 
-    plans: tuple[Plan, ...]
+    plans: Sequence[Sized]
     unplanned_bytes: int
     learning_rate: float
     proximal_mu: float = 0.0
@@ -71,48 +99,55 @@ class Trainer:
     task: Task
     device: Device | None = None
     model: nn.Module = field(init=False)
-    programs: dict[int, PlannedModule] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    programs: dict[int, PlannedModule | TrainStep] = field(default_factory=dict)
     measured: dict[int, int] = field(default_factory=dict)
-    bases: dict[tuple[str, ...], PlannedModule] = field(default_factory=dict)
+    bases: dict[tuple[tuple[str, ...], bool], PlannedModule | TrainStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take a copy of the task's model, to be filled with received weights."""
         self.model = self.task.fresh()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
 
-    def program(self, plan: Plan | None) -> nn.Module:
-        """Return the model executing `plan`, checked against this graph, this machine and the plan's own budget.
+    def program(self, order: Sized | None) -> nn.Module | WholeStep:
+        """Return the model executing a plan, checked against this graph, this machine and the plan's own budget.
 
         Raises:
             PlanMismatch: another graph, an op that it lacks, or more memory here than the budget.
         """
-        if plan is None:
+        if order is None:
             return self.model
+        plan = cast(Plan, order)
         if _key(plan) not in self.programs:
-            planned = self._planned(plan.budget_bytes, plan.codecs)
-            planned.adopt(plan, self.task.example[0])
+            planned = self._planned(plan.budget_bytes, plan.codecs, bool(plan.update))
+            planned.adopt(plan, *self._example(bool(plan.update)))
             self.programs[_key(plan)] = planned
         return self.programs[_key(plan)]
 
-    def plan_here(self, budget_bytes: int) -> Plan:
+    def plan_here(self, budget_bytes: int, whole: bool) -> Plan:
         """Plan on this machine: the answer to a plan that is not for this graph.
 
         Raises:
             InfeasibleBudget: nothing fits.
         """
-        planned = self._planned(budget_bytes, tuple(c.name for c in choose_codecs("exact")))
-        plan = planned.prepare(self.task.example[0])
+        planned = self._planned(budget_bytes, tuple(c.name for c in choose_codecs("exact")), whole)
+        plan = planned.prepare(*self._example(whole))
         self.programs[_key(plan)] = planned
         return plan
 
-    def _planned(self, budget_bytes: int, codecs: tuple[str, ...]) -> PlannedModule:
-        if codecs in self.bases:  # captured and profiled already
-            return self.bases[codecs].at_budget(budget_bytes)
-        labels = self.task.example[1]
-        options = make_options(
-            budget_bytes, codecs or "none", device=self.device, loss_fn=task_loss, example_targets=labels
-        )
-        self.bases[codecs] = PlannedModule(self.model, options)
-        return self.bases[codecs]
+    def _example(self, whole: bool) -> tuple[Tensor, ...]:
+        return self.task.example if whole else self.task.example[:1]
+
+    def _planned(self, budget_bytes: int, codecs: tuple[str, ...], whole: bool) -> PlannedModule | TrainStep:
+        key = codecs, whole
+        if key in self.bases:  # captured and profiled already
+            return self.bases[key].at_budget(budget_bytes)
+        options = task_options(self.task, budget_bytes, codecs or "none", device=self.device)
+        if whole:
+            self.bases[key] = TrainStep(self.model, task_loss, self.optimizer, options)
+        else:
+            self.bases[key] = PlannedModule(self.model, options)
+        return self.bases[key]
 
     def profile(self) -> Device:
         """Return what this machine needs for each op of the task's step; measured once."""
@@ -124,17 +159,18 @@ class Trainer:
             self.device = device
         return self.device
 
-    def peak(self, plan: Plan | None) -> int:
+    def peak(self, order: Sized | None) -> int:
         """Return the measured peak of one step in bytes, by the allocator's meter; each program is measured once."""
-        key = 0 if plan is None else _key(plan)
+        key = 0 if order is None else _key(cast(Plan, order))
         if key not in self.measured:
             images, labels = self.task.example
-            program = self.program(plan).train()
+            program = self.program(order)
+            self.model.train()
             self.measured[key] = measure(program, (images,), task_loss, example_targets=labels, runs=1).peak_bytes
         return self.measured[key]
 
 
-def train(trainer: Trainer, batches: Sequence[tuple[Tensor, Tensor]], order: Order, budget: Budget) -> Outcome:
+def train(trainer: Trains, batches: Sequence[tuple[Tensor, Tensor]], order: Order, budget: Budget) -> Outcome:
     """Train `trainer.model` on every batch; the budget is asked before each step, and a smaller one is obeyed.
 
     Raises:
@@ -144,7 +180,9 @@ def train(trainer: Trainer, batches: Sequence[tuple[Tensor, Tensor]], order: Ord
     if order.capped:
         tune_malloc()
         start_threads()
-    run = _Run(trainer, order, budget, torch.optim.SGD(trainer.model.parameters(), order.learning_rate))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = order.learning_rate
+    run = _Run(trainer, order, budget)
     if order.proximal_mu:
         run.anchors = tuple(p.detach().clone() for p in trainer.model.parameters())
     before = _rss_mark()
@@ -168,12 +206,11 @@ def train(trainer: Trainer, batches: Sequence[tuple[Tensor, Tensor]], order: Ord
 class _Run:
     """One client's local training, step by step."""
 
-    trainer: Trainer
+    trainer: Trains
     order: Order
     budget: Budget
-    optimizer: torch.optim.Optimizer
     anchors: tuple[Tensor, ...] = ()
-    plan: Plan | None = None
+    plan: Sized | None = None
     moves: int = -1
     losses: list[float] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
@@ -184,7 +221,8 @@ class _Run:
         plan = self.choose(allowed)
         if plan is not self.plan or self.moves < 0:
             self.plan, self.moves = plan, self.moves + 1
-        program = self.trainer.program(plan).train()
+        program = self.trainer.program(plan)
+        self.trainer.model.train()
         resident = resident_bytes(self.trainer.model, *batches[position])
         with Cap(allowed - resident) if self.order.capped else contextlib.nullcontext() as cap:
             while position < len(batches):
@@ -199,7 +237,7 @@ class _Run:
             raise Refused(f"the operating system gave no memory: {cap.refusal}", self.needed())
         return position
 
-    def choose(self, allowed: int) -> Plan | None:
+    def choose(self, allowed: int) -> Sized | None:
         """Return the fastest plan within `allowed` bytes; None is plain PyTorch."""
         if not self.order.plans:
             # Under a cap the operating system decides, and nobody's arithmetic.
@@ -215,19 +253,23 @@ class _Run:
         """Return the least peak among what was ordered."""
         return min((p.peak_bytes for p in self.order.plans), default=self.order.unplanned_bytes)
 
-    def step(self, program: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    def step(self, program: nn.Module | WholeStep, batch: tuple[Tensor, Tensor]) -> None:
         """One step of gradient descent; the proximal pull is added to the gradients, in place."""
         start = time.perf_counter_ns()
-        images, labels = batch
+        loss = program(*batch) if isinstance(program, WholeStep) else self.plain_step(program, *batch)
+        self.losses.append(loss.item())
+        self.times.append(time.perf_counter_ns() - start)
+
+    def plain_step(self, program: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward, loss and backward, then the update."""
         loss = task_loss(program(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         for p, anchor in zip(self.trainer.model.parameters(), self.anchors, strict=False):
             assert p.grad is not None
             p.grad.add_(p.detach() - anchor, alpha=self.order.proximal_mu)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(loss.item())
-        self.times.append(time.perf_counter_ns() - start)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+        return loss.detach()
 
 
 def _key(plan: Plan) -> int:

@@ -7,16 +7,22 @@ import zlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 import solvers
+from graphplan.capture import Capture
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError
 from graphplan.federated.config import RunConfig
 from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
-from graphplan.federated.task import Task, task_loss
+from graphplan.federated.task import Task, task_loss, task_options
 from graphplan.lift import Prepared, lift
-from graphplan.optimize import Source, make_options, prepare
+from graphplan.optimize import Source, prepare
 from graphplan.pareto import along
 from graphplan.plan import Plan
+from graphplan.program import write_program
+from graphplan.step import TrainStep
+from graphplan.step.program import WholeProgram
 from solvers import Op
 
 SPARE = 5  # smaller plans that a client holds beside its own, to shrink without asking
@@ -48,6 +54,7 @@ class Planner:
     cache: FrontierCache = field(init=False)
     profiled: Device | None = None  # what was planned for last
     texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
+    grounds: dict[str, tuple[Capture, Prepared]] = field(default_factory=dict)  # what each class was planned for
 
     def __post_init__(self) -> None:
         """Start with an empty cache."""
@@ -73,21 +80,33 @@ class Planner:
         key = device_class, self.frontier(device_class).index(budget_bytes)
         if key not in self.texts:
             plans = self.for_budget(device_class, budget_bytes)
-            self.texts[key] = pack(plans) if plans else b""
+            self.texts[key] = pack(self._text(device_class, p) for p in plans) if plans else b""
         return self.texts[key]
+
+    def _text(self, device_class: str, plan: Plan) -> str:
+        """Return the plan, or the program that runs it, as JSON."""
+        if not self.config.program:
+            return plan.to_json()
+        captured, prepared = self.grounds[device_class]
+        program = WholeProgram.of(captured, prepared, plan)
+        return write_program(self.task.model, program, plan, list(self.task.example))
 
     def _make(self, key: Hashable) -> Frontier:
         device_class = key[0] if isinstance(key, tuple) else ""
         execution, (images, labels) = self.execution, self.task.example
-        options = make_options(
-            "100%", execution.codecs, solver=execution.solver, time_limit=self.config.time_limit,
-            loss_fn=task_loss, example_targets=labels,
-        )  # fmt: skip
-        source = Source.of(self.task.fresh(), (images,), {}, options)
+        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit)
+        model = self.task.fresh()
+        if self.config.whole and execution.planned:
+            optimizer = torch.optim.SGD(model.parameters(), self.config.learning_rate)
+            step = TrainStep(model, task_loss, optimizer, options)
+            options, source = step.options, step.source(images, labels)
+        else:
+            source = Source.of(model, (images,), {}, options)
         here = device_class not in self.devices
         device = self.devices.get(device_class) or Device.this(images.device)
-        prepared = prepare(source.captures(), options, device, run=here, batch=source.batch)
-        self.profiled = device
+        captured = source.captures()
+        prepared = prepare(captured, options, device, run=here, batch=source.batch)
+        self.profiled, self.grounds[device_class] = device, (captured, prepared)
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
@@ -113,16 +132,25 @@ def _once(prepared: Prepared) -> Prepared:
     return replace(prepared, problem=replace(problem, ops=ops))
 
 
-def pack(plans: Iterable[Plan]) -> bytes:
-    """Return plans as they travel: JSON, deflated."""
-    return zlib.compress(json.dumps([p.to_json() for p in plans]).encode(), level=9)
+def pack(texts: Iterable[str]) -> bytes:
+    """Return plans or programs, given as JSON, as they travel: deflated."""
+    return zlib.compress(json.dumps(list(texts)).encode(), level=9)
 
 
 def unpack(data: bytes) -> tuple[Plan, ...]:
+    """Return the plans in what `pack` wrote.
+
+    Raises:
+        PlanFormatError: as `unpack_texts`, or not plans.
+    """
+    return tuple(Plan.from_json(t) for t in unpack_texts(data))
+
+
+def unpack_texts(data: bytes) -> list[str]:
     """Read what `pack` wrote.
 
     Raises:
-        PlanFormatError: damaged, larger than MOST_BYTES, or not plans.
+        PlanFormatError: damaged, larger than MOST_BYTES, or not a list of texts.
     """
     reader = zlib.decompressobj()
     try:
@@ -134,4 +162,4 @@ def unpack(data: bytes) -> tuple[Plan, ...]:
         raise PlanFormatError(f"the plans are damaged: {e}") from e
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise PlanFormatError("expected a list of plans")
-    return tuple(Plan.from_json(t) for t in texts)
+    return texts

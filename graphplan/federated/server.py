@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.federated.config import FederatedError, RunConfig
@@ -48,6 +49,7 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     if config.method not in METHODS:
         raise FederatedError(f"no method {config.method!r}; there are {', '.join(METHODS)}")
     method = METHODS[config.method]
+    _check_whole(method, config)
     task_of(config).check(config)
     wait_for_nodes(grid, config.clients, config.timeout)
     # In a simulation all clients are of one class, whose device may be given.
@@ -76,6 +78,14 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     result = strategy.start(grid, initial, config.rounds, config.timeout, evaluate_fn=evaluate)
     emit({"event": "end", "clients": [_client_row(strategy, c) for c in _in_order(strategy)]})
     return result.arrays
+
+
+def _check_whole(method: Method, config: RunConfig) -> None:
+    execution = method.execution
+    if config.program and not execution.planned:
+        raise FederatedError(f"method {method.name} runs plain PyTorch, which needs the model's source: no programs")
+    if config.whole and execution.planned and not all(c.exact for c in choose_codecs(execution.codecs)):
+        raise FederatedError(f"method {method.name} rounds activations; whole steps take exact codecs only")
 
 
 def _unplanned(planner: Planner, config: RunConfig) -> int:

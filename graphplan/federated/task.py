@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphplan.cli.models import resolve
+from graphplan.device import Device
 from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.data import Images, load, partition
 from graphplan.federated.shrink import shrink
+from graphplan.optimize import Options, make_options
 
 EVALUATION_BATCH = 256
 
@@ -56,6 +58,17 @@ def task_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels)
 
 
+def task_options(
+    task: Task, budget: int | str, codecs: str | Iterable[str], solver: str = "auto", time_limit: float = 30.0,
+    device: Device | None = None,
+) -> Options:  # fmt: skip
+    """Return how a task's step is planned."""
+    return make_options(
+        budget, codecs, solver=solver, time_limit=time_limit, device=device, loss_fn=task_loss,
+        example_targets=task.example[1],
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=4)
 def make_task(model: str, size: str, data: str, batch: int, seed: int, width: float = 1.0) -> Task:
     """Return the task that a run's options name; `width` is the fraction of channels kept.
@@ -68,7 +81,7 @@ def make_task(model: str, size: str, data: str, batch: int, seed: int, width: fl
     if len(named.inputs) != 1 or not isinstance(named.inputs[0], Tensor):
         raise FederatedError(f"{model} takes {len(named.inputs)} inputs; a federated task has images alone")
     like = named.inputs[0]
-    train, test = load(data).fitted(tuple(like.shape[1:])).split()
+    train, test = images_of(data, tuple(like.shape[1:]))
     if like.dtype != train.images.dtype:
         raise FederatedError(f"{model} takes {like.dtype}; {data} has images of {train.images.dtype}")
     rows = torch.arange(batch) % len(train.labels)
@@ -87,10 +100,17 @@ def task_of(config: RunConfig, width: float = 1.0) -> Task:
     return make_task(config.model, config.size, config.data, config.batch, config.seed, width)
 
 
-def share_of(config: RunConfig, task: Task, client: int) -> Images:
+@lru_cache(maxsize=4)
+def images_of(data: str, shape: tuple[int, ...] | None) -> tuple[Images, Images]:
+    """Return training and test images as a model takes them; no shape: as they are."""
+    found = load(data)
+    return (found if shape is None else found.fitted(shape)).split()
+
+
+def share_of(config: RunConfig, train: Images, client: int) -> Images:
     """Return the images of one client."""
-    rows = partition(task.train.labels, config.partition, config.clients, config.seed)
-    return task.train.take(rows[client])
+    rows = partition(train.labels, config.partition, config.clients, config.seed)
+    return train.take(rows[client])
 
 
 def batches(images: Images, batch: int, epochs: int, seed: str) -> Iterator[tuple[Tensor, Tensor]]:

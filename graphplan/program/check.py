@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphplan.graph import Primal, StorageKind
-from graphplan.program.document import Geometry, ProgramError, need
+from graphplan.program.document import Geometry, ProgramError, check_bytes, need
 from graphplan.program.rules import check_call
 from graphplan.step.updates import RULES
 from graphplan.tree import Template
@@ -92,7 +92,7 @@ class _Walk:
             value = self._call(node, where)
             node.meta["val"] = value
             self._hold(value)
-            need(self.used <= self.most_bytes, f"{where}: {self.used} bytes in use; {self.most_bytes} are allowed")
+            check_bytes(self.used, self.most_bytes, where)
             for done in {*node.all_input_nodes, node}:
                 if last.get(done, node) is node and done.op == "call_function":
                     self._drop(done.meta["val"])

@@ -42,10 +42,20 @@ class ProgramError(GraphplanError, ValueError):
     """A program that cannot be written, or a document that is refused; the message names the place."""
 
 
+class ProgramTooLarge(ProgramError):
+    """A program that needs more memory than there is, by its tensors alone."""
+
+
 def need(holds: object, message: str) -> None:
     """Raise ProgramError with `message` unless `holds`."""
     if not holds:
         raise ProgramError(message)
+
+
+def check_bytes(nbytes: int, most_bytes: int, where: str) -> None:
+    """Raise ProgramTooLarge for more bytes than are allowed."""
+    if nbytes > most_bytes:
+        raise ProgramTooLarge(f"{where}: {nbytes} bytes in use; {most_bytes} are allowed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,7 @@ class Geometry:
             need(good and len(sizes) <= MOST_DIMS, f"{where}: {sizes!r} are no sizes")
         need(len(shape) == len(stride), f"{where}: {len(shape)} sizes and {len(stride)} strides")
         found = Geometry(tuple(shape), tuple(stride), DTYPES[dtype])
-        need(found.nbytes <= most_bytes, f"{where}: {found.nbytes} bytes; {most_bytes} are allowed")
+        check_bytes(found.nbytes, most_bytes, where)
         return found
 
     def empty(self) -> Tensor:

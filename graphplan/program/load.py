@@ -144,12 +144,15 @@ def read_program(text: str, most_bytes: int) -> Program:
     entries = _entries(data["tensors"], most_bytes)
     primals, geometries = _inputs(data["inputs"], entries, most_bytes)
     graph = _graph(data, len(primals), most_bytes)
+    floor = check_graph(graph, primals, entries, geometries, str(data["update"]), most_bytes)
+    peak = read_count(data["peak_bytes"], "peak_bytes")
+    need(floor <= peak, f"peak_bytes is {peak}, but its tensors alone take {floor}")
     return Program(
         model=str(data["model"])[:200],
         fingerprint=str(data["fingerprint"])[:64],
         budget_bytes=read_count(data["budget_bytes"], "budget_bytes"),
-        peak_bytes=read_count(data["peak_bytes"], "peak_bytes"),
-        floor_bytes=check_graph(graph, primals, entries, geometries, str(data["update"]), most_bytes),
+        peak_bytes=peak,
+        floor_bytes=floor,
         update=str(data["update"]),
         entries=entries,
         inputs=geometries,

@@ -161,7 +161,7 @@ def test_tampered_plans_are_refused_and_made_again_by_the_client(config: RunConf
     def tamper(grid: Any, message: Message) -> list[Message]:
         plans = unpack(message.content.config_records["config"]["plans"])
         worse = [replace(p, steps=p.steps[:5] + p.steps[6:]) for p in plans]
-        message.content.config_records["config"]["plans"] = pack(worse)
+        message.content.config_records["config"]["plans"] = pack(p.to_json() for p in worse)
         return grid.good(message)
 
     report = run_in_process(config, FaultyGrid(config, tamper))
