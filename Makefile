@@ -42,6 +42,8 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.least --write docs/codecs.md
 	$(BIN)/python -m bench.codecs --write docs/codecs.md
+	$(BIN)/python -m bench.step --write docs/step.md
+	$(BIN)/python -m bench.step --time --write docs/step.md
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers/test_fuzz.py --timeout 0

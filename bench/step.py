@@ -92,10 +92,20 @@ def measure_peers(model: Any, entry: Any, example: Any, methods: set[str]) -> di
     found = {"plain": peak(model, False)}
     with optimizer_in_backward(model):
         found["hooks"] = peak(model, True)
-        for setting in settings(model, run, methods, RATIOS):
+        for setting in list(settings(model, run, methods, RATIOS)):
+            if setting.method == "checkpoint" and setting.name not in ("every block", half_of(model)):
+                continue  # of the least peak the others are never the best
             found[f"{setting.method} {setting.name} + hooks"] = peak(setting.build(model), True)
             torch._dynamo.reset()
     return found
+
+
+def half_of(model: Any) -> str:
+    """Return the name of the setting that checkpoints half of the blocks."""
+    from bench.peers import blocks
+
+    count = len(blocks(model))
+    return f"{count // 2} of {count} blocks"
 
 
 def measure_model(name: str, time_limit: float, methods: set[str]) -> dict[str, Any]:
@@ -133,7 +143,6 @@ def measure_model(name: str, time_limit: float, methods: set[str]) -> dict[str, 
         "overhead": least.plan.overhead,
         "forms": 1 + len(rest),
         "optimize": measured(halves, loss_fn),
-        "full": measured(full),
         "planning_s": seconds,
         "peers": measure_peers(model, entry, example, methods),
     }

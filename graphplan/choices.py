@@ -6,7 +6,7 @@ The first form is the step as it is; the others save memory in ways that are not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -14,13 +14,15 @@ from torch import nn
 import solvers
 from graphplan.capture import Capture
 from graphplan.device import Device
-from graphplan.errors import InfeasibleBudget
+from graphplan.errors import InfeasibleBudget, NoParts
 from graphplan.lift import Prepared, lift, minimum_reason, schedule_of
 from graphplan.noise import Noise
 from graphplan.optimize import Options, Source, check_noise, device_of, find_least, make_plan, prepare
 from graphplan.plan import Plan
 from graphplan.replay import Batch
 from solvers import Schedule, Solution
+
+PARTS = (2, 4, 8)  # of the batch, tried in this order when nothing else fits
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ def candidates_of(model: nn.Module, source: Source, options: Options) -> Candida
 
 def plan_model(model: nn.Module, source: Source, options: Options) -> tuple[Prepared, Plan]:
     """Capture, profile and plan without building the program: what the CLI and tools want."""
-    candidate, plan = choose(candidates_of(model, source, options), options, source.batch)
+    candidate, plan = choose(candidates_of(model, source, options), options, source)
     return candidate.prepared, plan
 
 
@@ -75,12 +77,20 @@ def _captured(source: Source, options: Options) -> tuple[Capture, ...]:
 
 
 def prepare_candidates(
-    captured: Sequence[Capture], options: Options, device: Device, source: Source, noise: Noise | None = None
+    captured: Sequence[Capture],
+    options: Options,
+    device: Device,
+    source: Source,
+    noise: Noise | None = None,
+    like: Candidate | None = None,
 ) -> Candidates:
-    """Profile every form and state its Problem under the same budget; `noise` is what is known of lossy codes."""
+    """Profile every form and state its Problem under one budget: that of `like`, or of the first.
+
+    `noise` is what is known of lossy codes.
+    """
     run = options.device is None
     prepared = [prepare(c, options, device, run=run, batch=source.batch, known=noise) for c in captured]
-    first = prepared[0]
+    first = prepared[0] if like is None else like.prepared
     same = [
         replace(
             p,
@@ -101,14 +111,58 @@ def at_budget(candidates: Candidates, budget_bytes: int) -> Candidates:
     )
 
 
-def choose(candidates: Candidates, options: Options, batch: Batch | None = None) -> tuple[Candidate, Plan]:
+def choose(candidates: Candidates, options: Options, source: Source) -> tuple[Candidate, Plan]:
     """Return the fastest plan that fits, and its candidate; an earlier one where later ones are no faster.
 
-    The noise of lossy codes is checked on `batch`.
+    The noise of lossy codes is checked on the source's batch. Where nothing fits, the batch is cut in parts.
 
     Raises:
         InfeasibleBudget: no plan of any candidate fits; the error is that of the least demanding one.
     """
+    try:
+        return _fastest(candidates, options, source.batch)
+    except InfeasibleBudget as error:
+        if source.in_parts is None:
+            raise
+        return _in_parts(candidates[0], options, source.in_parts, error)
+
+
+def candidate_in_parts(first: Candidate, options: Options, in_parts: Callable[[int], Capture], parts: int) -> Candidate:
+    """Return the step on that many parts of the batch, under the budget of `first`.
+
+    Raises:
+        NoParts: why that cannot be.
+    """
+    source = Source(lambda: (in_parts(parts),))
+    return prepare_candidates(_captured(source, options), options, first.prepared.device, source, like=first)[0]
+
+
+def _in_parts(
+    first: Candidate, options: Options, in_parts: Callable[[int], Capture], error: InfeasibleBudget
+) -> tuple[Candidate, Plan]:
+    """Return the plan on the fewest parts of the batch that fits.
+
+    Raises:
+        InfeasibleBudget: none does, or the batch cannot be cut; the message says why.
+    """
+    without = error.minimum_bytes
+    for parts in PARTS:
+        try:
+            candidate, plan = _fastest((candidate_in_parts(first, options, in_parts, parts),), options, None)
+        except NoParts as e:
+            said = f"{error} The batch cannot be cut in {parts} parts: {e}."
+            raise InfeasibleBudget(said, minimum_bytes=error.minimum_bytes, binding_op=error.binding_op) from e
+        except InfeasibleBudget as e:
+            if e.minimum_bytes >= error.minimum_bytes:
+                break
+            error = e
+        else:
+            saved = (*plan.saved, ("running the model on parts of the batch", without - plan.peak_bytes))
+            return candidate, replace(plan, parts=parts, saved=saved)
+    raise error
+
+
+def _fastest(candidates: Candidates, options: Options, batch: Batch | None) -> tuple[Candidate, Plan]:
     share = _share(candidates, options)
     smallest = _smallest(candidates, options)
     found: list[tuple[int, int, Candidate, Plan]] = []

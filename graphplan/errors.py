@@ -36,6 +36,10 @@ class UnsupportedModel(GraphplanError, TypeError):
     """The model has something that graphplan does not train: no trainable parameter, sparse or complex ones."""
 
 
+class NoParts(UnsupportedModel):
+    """A model that cannot be run on parts of a batch, one after the other, with the same result."""
+
+
 class UnsupportedOptimizer(GraphplanError, TypeError):
     """The optimizer, its parameters or its state are something that a planned step cannot update."""
 

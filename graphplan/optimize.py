@@ -66,6 +66,7 @@ class Source:
 
     captures: Callable[[], tuple[Capture, ...]]
     batch: Batch | None = None
+    in_parts: Callable[[int], Capture] | None = None  # on that many parts of the batch; raises NoParts
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Source:

@@ -75,6 +75,7 @@ class Plan:
     noise_bias: float | None
     update: str = ""  # of a whole step: the optimizer's function ("sgd", "adam"); the loss is inside, too
     saved: tuple[tuple[str, int], ...] = ()  # (by what, bytes): how much higher the peak would be without it
+    parts: int = 1  # of the batch, on which the model runs one after the other
 
     @property
     def overhead(self) -> float:
@@ -177,6 +178,8 @@ class Plan:
             lines.append(
                 f"p.grad is None when the step begins; {format_bytes(self.outside_bytes)} for the loss ({how})"
             )
+        if self.parts > 1:
+            lines.append(f"the model runs on {self.parts} parts of the batch in turn: gradients accumulate")
         if self.noise or self.noise_measured:
             lines.append(self._noise_line())
         if not self.measured:

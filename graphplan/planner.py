@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from graphplan.capture import Capture
-from graphplan.choices import Candidate, Candidates, at_budget, choose, least_peaks, prepare_candidates
+from graphplan.choices import (
+    Candidate,
+    Candidates,
+    at_budget,
+    candidate_in_parts,
+    choose,
+    least_peaks,
+    prepare_candidates,
+)
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared
@@ -58,7 +66,10 @@ class Planner(Generic[P]):
         """
         with bars() as report, torch.enable_grad():
             source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
-            candidates = self._candidates(key, source, replace(self.options, report=report))
+            options = replace(self.options, report=report)
+            candidates = self._candidates(key, source, options)
+            if plan.parts > 1 and source.in_parts is not None:
+                candidates = (candidate_in_parts(candidates[0], options, source.in_parts, plan.parts),)
         mine = next((c for c in candidates if c.captured.graph.fingerprint == plan.fingerprint), candidates[0])
         check_fingerprint(plan, mine.captured.graph)
         self.latest = self._entry(mine, plan)
@@ -107,7 +118,7 @@ class Planner(Generic[P]):
                 plan = None if self.latest is None else carry(self.latest.plan, candidate.prepared, options)
                 if plan is not None:
                     return self._entry(candidate, plan)
-            return self._entry(*choose(candidates, options, source.batch))
+            return self._entry(*choose(candidates, options, source))
 
     def _entry(self, candidate: Candidate, plan: Plan) -> Entry[P]:
         check_plan(candidate.captured, candidate.prepared, plan)

@@ -11,19 +11,18 @@ import pytest
 from test_cli import answer, call, factory, refused  # noqa: F401  (factory is a fixture)
 
 from graphplan import Plan
-from graphplan.cli.optimizers import OPTIMIZERS
 from graphplan.cli.output import BAD_INPUT, INFEASIBLE
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--time-limit", "3")
 
 
-@pytest.mark.parametrize("step", OPTIMIZERS)
+@pytest.mark.parametrize("step", ["momentum", "adamw"])
 def test_plan_run_and_check_a_step(step: str, factory: str, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "plan.json"
     planned = answer("plan", f"{factory}:with_loss", "--budget", "100%", "--step", step, "--out", out, *SMALL)
     assert planned["peak_bytes"] <= planned["budget_bytes"]
-    assert Plan.load(out).update == {"sgd": "sgd", "momentum": "sgd"}.get(step, "adam")
+    assert Plan.load(out).update == {"momentum": "sgd", "adamw": "adam"}[step]
     ran = answer("run", f"{factory}:with_loss", "--plan", out, "--steps", "3", "--step", step)
     assert ran["ok"]
     assert ran["losses"][-1] < ran["losses"][0]

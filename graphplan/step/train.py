@@ -21,6 +21,7 @@ from graphplan.rewrite import rewrite_whole
 from graphplan.step.clip import Clip
 from graphplan.step.extend import Extension, check_loss
 from graphplan.step.optimizer import Slots, check_hooks, kept_parameters
+from graphplan.step.parts import check_parts, in_parts
 from graphplan.step.program import WholeProgram
 from graphplan.tree import Template, as_tuple
 from graphplan.units import check_budget
@@ -83,8 +84,9 @@ class TrainStep(WholeStep):
     def run_plain(self, inputs: Any, targets: Any = None) -> Tensor:
         """Do the same by PyTorch's own means, unplanned: what `verify` compares with."""
         args, kwargs = call_arguments(inputs, targets)
+        parts = self._planner.latest.plan.parts if self._planner.latest is not None else 1
         self.optimizer.zero_grad()
-        loss: Tensor = _WithLoss(self.model, self._loss_fn)(*args, **kwargs)
+        loss: Tensor = _WithLoss(self.model, self._loss_fn, parts)(*args, **kwargs)
         loss.backward()  # type: ignore[no-untyped-call]
         self._clip.apply(p for g in self.optimizer.param_groups for p in g["params"])
         self.optimizer.step()
@@ -156,7 +158,11 @@ class TrainStep(WholeStep):
         template, given = flatten_call(args, kwargs)
         tensors = [t.detach() for t in given]
         key = (call_key(template, tensors), state_key(self.model), self._shape)
-        return key, lambda: Source(lambda: self._capture(template, tensors, slots)), tensors
+        source = Source(
+            lambda: self._capture(template, tensors, slots),
+            in_parts=lambda parts: self._capture_parts(template, tensors, slots, parts),
+        )
+        return key, lambda: source, tensors
 
     def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> tuple[Capture, ...]:
         """Capture the step with every bit as plain PyTorch's; and in less memory, where only rounding differs."""
@@ -178,18 +184,33 @@ class TrainStep(WholeStep):
                 break
         return tuple(forms)
 
+    def _capture_parts(self, template: Template, tensors: list[Tensor], slots: Slots, parts: int) -> Capture:
+        """Capture the step with the model on parts of the batch.
+
+        Raises:
+            NoParts: that would be another step.
+        """
+        args, kwargs = template.fill(tensors)
+        check_parts(self.model, args, {k: v for k, v in kwargs.items() if k != "targets"})
+        with_loss = _WithLoss(self.model, self._loss_fn, parts)
+        extension = Extension(self.model, slots, self._kept, self._clip, exact=False)
+        return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+
 
 class _WithLoss(nn.Module):
-    """The model and its loss as one module."""
+    """The model and its loss as one module; the model runs on `parts` of the batch."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], parts: int = 1) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.parts = parts
         self.training = model.training
 
     def forward(self, *inputs: Any, targets: Any = None, **kwargs: Any) -> Tensor:
-        return check_loss(with_targets(self.loss_fn, targets)(self.model(*inputs, **kwargs)))
+        whole = self.parts == 1
+        outputs = self.model(*inputs, **kwargs) if whole else in_parts(self.model, self.parts, inputs, kwargs)
+        return check_loss(with_targets(self.loss_fn, targets)(outputs))
 
 
 def call_arguments(inputs: Any, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
