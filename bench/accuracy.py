@@ -38,6 +38,7 @@ from models_zoo import MODELS
 from models_zoo.entry import Example
 
 CAPS = (0.01, 0.1, 1.0)
+RENEWED = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps
 METHODS = ("exact", *(f"noise {c:g}" for c in CAPS), "uniform 4 bit, exact masks", "uniform 4 bit, no masks")
 
 
@@ -116,7 +117,10 @@ def train(task: Task, method: str, seed: int) -> dict[str, Any]:
     schedule_of_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=task.steps)
     torch.manual_seed(seed)
     model.train()
-    for example in task.batches(seed):
+    renewed = {int(part * task.steps) for part in RENEWED} if method.startswith("noise") else set()
+    for i, example in enumerate(task.batches(seed)):
+        if i in renewed:
+            module, here, schedule = _planned(task, model, example, method)
         _loss(task, module, example, masked=method != METHODS[-1]).backward()
         optimizer.step()
         optimizer.zero_grad()
