@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import networkx as nx
@@ -130,7 +131,7 @@ class Graph:
     def update(self) -> str:
         """The name of the function that updates parameters inside the step; empty where the caller does it."""
         targets = (op.node.target for op in self.ops if "graphplan_update" in op.node.meta)
-        return str(getattr(next(targets, None), "__name__", ""))
+        return str(getattr(next(targets, None), "__name__", "")).removesuffix("_of_product")
 
     @property
     def fixed_bytes(self) -> int:
@@ -198,7 +199,8 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
         if node.op == "output":
             continue
         meta = [_meta_text(v) for v in _values(node.meta.get("val"))]
-        digest.update(f"{node.op}|{node.name}|{node.target}|{node.args}|{node.kwargs}|{meta}\n".encode())
+        target = target_text(node.target)
+        digest.update(f"{node.op}|{node.name}|{target}|{node.args}|{node.kwargs}|{meta}\n".encode())
     dag = nx.Graph()  # bipartite: op names and storages; networkx hashes directed graphs differently by version
     for op in ops:
         dag.add_node(op.name, label=op.target)
@@ -208,6 +210,13 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
         dag.add_node(f"%{s.id}", label=f"{s.kind.value}:{s.nbytes}")
     digest.update(nx.weisfeiler_lehman_graph_hash(dag, node_attr="label", iterations=2).encode())
     return digest.hexdigest()[:32]
+
+
+def target_text(target: Any) -> str:
+    """Return the name of what a node calls, the same in every process: a function's text has its address."""
+    if isinstance(target, FunctionType):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
 
 
 def _values(value: Any) -> tuple[Any, ...]:

@@ -60,16 +60,19 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How to capture a graph, and the batch on which the noise of lossy codes is measured (None: it is not)."""
+    """How to capture a step, and the batch on which the noise of lossy codes is measured (None: it is not).
 
-    captures: Callable[[], Capture]
+    `captures` gives the forms of the step, of which `graphplan.choices` takes one; the first is the step as it is.
+    """
+
+    captures: Callable[[], tuple[Capture, ...]]
     batch: Batch | None = None
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Source:
         """Return the source of a model called with these arguments."""
         batch = Batch(model, flatten_call(args, kwargs)[1], options.loss_fn, options.example_targets)
-        return Source(lambda: capture(model, args, kwargs), batch)
+        return Source(lambda: (capture(model, args, kwargs),), batch)
 
 
 def make_options(
@@ -155,6 +158,7 @@ def prepare(
         loss_measured=options.whole_step or options.loss_fn is not None,
         problem=problem,
         baseline_peak_bytes=baseline,
+        baseline_cost_ns=problem.program_cost_ns(),
         noise=noise,
     )
 
@@ -331,31 +335,6 @@ def carry(plan: Plan, prepared: Prepared, options: Options) -> Plan | None:
         any_bound_ns=prepared.problem.program_cost_ns(),
     )
     return lift(prepared, solution, plan.minimum_peak_bytes)
-
-
-def plan_model(model: nn.Module, source: Source, options: Options) -> tuple[Prepared, Plan]:
-    """Capture, profile and plan without building the program: what the CLI and tools want."""
-    captured = _capture(source, options)
-    prepared = _prepare(model, captured, source, options)
-    plan = make_plan(prepared, find_least(prepared, options), options)
-    return check_noise(captured, prepared, plan, options, source.batch)
-
-
-def prepare_model(model: nn.Module, source: Source, options: Options) -> Prepared:
-    """Capture and profile without solving."""
-    return _prepare(model, _capture(source, options), source, options)
-
-
-def _capture(source: Source, options: Options) -> Capture:
-    options.report("capture", 0, 1)
-    captured = source.captures()
-    options.report("capture", 1, 1)
-    return captured
-
-
-def _prepare(model: nn.Module, captured: Capture, source: Source, options: Options) -> Prepared:
-    device = options.device or Device.this(device_of(model, captured))
-    return prepare(captured, options, device, run=options.device is None, batch=source.batch)
 
 
 def device_of(model: nn.Module, captured: Capture) -> Any:
