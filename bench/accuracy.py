@@ -38,7 +38,7 @@ from models_zoo import MODELS
 from models_zoo.entry import Example
 
 CAPS = (0.01, 0.1, 1.0)
-RENEWED = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps
+RENEWED = (0.05, 0.2, 0.5)  # of the steps
 METHODS = ("exact", *(f"noise {c:g}" for c in CAPS), "uniform 4 bit, exact masks", "uniform 4 bit, no masks")
 
 
