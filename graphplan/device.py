@@ -63,10 +63,13 @@ class Device:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """Return the JSON text that `save` writes."""
         samples = {k: [s.target, s.touched_bytes, s.cost_ns, s.workspace_bytes] for k, s in self.samples.items()}
         head = {"format": FORMAT, "name": self.name, "kind": self.kind, "threads": self.threads}
-        text = json.dumps({**head, "torch_version": self.torch_version, "samples": samples}, indent=0)
-        Path(path).write_text(text + "\n")
+        return json.dumps({**head, "torch_version": self.torch_version, "samples": samples}, indent=0)
 
     @staticmethod
     def load(path: str | Path) -> Device:
@@ -76,13 +79,21 @@ class Device:
             DeviceFormatError: not JSON (truncated?), another format, or a missing field.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            return Device.from_json(Path(path).read_text())
+        except DeviceFormatError as e:
+            raise DeviceFormatError(f"{path}: {e}") from e
+
+    @staticmethod
+    def from_json(text: str) -> Device:
+        """Read a device from JSON text; raises DeviceFormatError as `load` does."""
+        try:
+            data = json.loads(text)
             if data["format"] != FORMAT:
-                raise DeviceFormatError(f"{path}: format {data['format']!r}, expected {FORMAT!r}")
+                raise DeviceFormatError(f"format {data['format']!r}, expected {FORMAT!r}")
             samples = {k: Sample(str(t), int(b), int(c), int(w)) for k, (t, b, c, w) in data["samples"].items()}
             return Device(data["name"], data["kind"], int(data["threads"]), data["torch_version"], samples)
         except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise DeviceFormatError(f"{path}: not a device file (truncated?): {type(e).__name__} {e}") from e
+            raise DeviceFormatError(f"not a device file (truncated?): {type(e).__name__} {e}") from e
 
 
 def sample_key(text: str) -> str:

@@ -74,11 +74,11 @@ def _forms(node: fx.Node) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOv
     value = node.meta.get("val")
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
         return None, None
-    return _overloads(node.target, "CUDA" if value.is_cuda else "CPU")
+    return forms_of(node.target, "CUDA" if value.is_cuda else "CPU")
 
 
 @cache
-def _overloads(
+def forms_of(
     target: torch._ops.OpOverload, key: str
 ) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOverload | None]:
     """Return the overload that writes over its first argument, and the one with an `out` argument.

@@ -8,6 +8,12 @@ from models_zoo.bert import (
     bert_example_small,
     bert_small,
 )
+from models_zoo.cnn import (
+    cnn,
+    cnn_example,
+    cnn_example_small,
+    cnn_small,
+)
 from models_zoo.densenet import (
     densenet121,
     densenet121_example,
@@ -73,6 +79,7 @@ __all__ = [
     "Entry",
     "Example",
     "bert",
+    "cnn",
     "densenet121",
     "gpt",
     "lstm",
@@ -184,5 +191,14 @@ MODELS: dict[str, Entry] = {
         example_small=mlp_example_small,
         loss=cross_entropy_loss,
         source="Rumelhart et al., Learning Representations by Back-propagating Errors, Nature 1986",
+    ),
+    "cnn": Entry(
+        name="cnn",
+        build=cnn,
+        build_small=cnn_small,
+        example=cnn_example,
+        example_small=cnn_example_small,
+        loss=cross_entropy_loss,
+        source="McMahan et al., Communication-Efficient Learning of Deep Networks, AISTATS 2017",
     ),
 }

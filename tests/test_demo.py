@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from graphplan import Plan
+from graphplan.cap import is_refusal
 from graphplan.cli import app, demo
-from graphplan.cli.demo_worker import is_refusal
 from graphplan.cli.output import BAD_INPUT
 
 

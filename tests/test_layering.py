@@ -49,6 +49,17 @@ def test_only_the_federated_side_imports_flower() -> None:
                 assert not any(m.split(".")[0] == "flwr" for m in imports(path)), path
 
 
+def test_everything_but_the_federated_side_works_without_flower() -> None:
+    code = (
+        "import sys; sys.modules['flwr'] = None\n"
+        "import graphplan, graphplan.cli.fl_commands\n"
+        "try:\n    import graphplan.federated\n"
+        "except ModuleNotFoundError as e:\n    assert \"pip install 'graphplan[federated]'\" in str(e), e\n"
+        "else:\n    raise AssertionError('it has found Flower')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_core_does_not_import_its_doors() -> None:
     for path in files("graphplan"):
         if not {"cli", "federated"} & set(path.parts):

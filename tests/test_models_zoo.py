@@ -15,6 +15,7 @@ PUBLISHED_PARAMETERS = {
     "mobilenet_v2": 3_504_872,
     "densenet121": 7_978_856,
     "vit": 22_050_664,
+    "cnn": 1_663_370,
 }
 
 every_model = pytest.mark.parametrize("entry", MODELS.values(), ids=MODELS.keys())
@@ -34,7 +35,7 @@ def _tensors(example: Example) -> list[torch.Tensor]:
 
 def test_registry_is_keyed_by_name_and_the_factories_are_reachable() -> None:
     """Each key is its entry's name, and `models_zoo:<name>` is the factory of the real size."""
-    assert len(MODELS) == 11
+    assert len(MODELS) == 12
     for name, entry in MODELS.items():
         assert entry.name == name
         assert getattr(models_zoo, name) is entry.build

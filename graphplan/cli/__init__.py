@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from graphplan.cli import demo, explore_commands, plan_commands, run_commands
+from graphplan.cli.fl_commands import fl_app
 from graphplan.cli.output import EXIT_CODES
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _function in COMMANDS.items():
     app.command(_name, epilog=EXIT_CODES)(_function)
+app.add_typer(fl_app)
 
 
 def main() -> None:

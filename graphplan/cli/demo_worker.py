@@ -7,8 +7,6 @@ line on standard output: `{"event": "progress", ...}` while it works, one `{"eve
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import importlib
 import json
 import statistics
@@ -23,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphplan.cap import Cap, start_threads
 from graphplan.choices import plan_model
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
@@ -35,13 +34,6 @@ SEED = 0
 PAIR_EVERY = 6  # steps; the step times of both are compared next to each other
 SIDE = 32  # pixels, from the digits' own 8
 LEARNING_RATE = 0.02
-_REFUSALS = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "bad_alloc",
-    "bad allocation",
-    "out of memory",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +104,7 @@ def train(request: Request) -> dict[str, Any]:
     module = model if request.mode == "eager" else _planned(model, request, digits)
     rival = _rival(model, request, digits) if request.mode == "eager" and request.measured else None
     resident = resident_bytes(model, *digits[0])
-    _start_threads()
+    start_threads()
     losses: list[float] = []
     times: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -172,69 +164,6 @@ def _planned(model: nn.Module, request: Request, digits: Digits) -> nn.Module:
     planned = PlannedModule(model, options)
     planned.adopt(made, images)
     return planned
-
-
-class Cap:
-    """A limit on the process's data segment from entering to leaving; holds what the OS refused."""
-
-    def __init__(self, allowance_bytes: int | None) -> None:
-        """Allow `allowance_bytes` above what is mapped when the cap is entered; None: set no limit."""
-        self.allowance_bytes = allowance_bytes
-        self.before_bytes = 0
-        self.cap_bytes: int | None = None
-        self.refusal: str | None = None
-
-    def __enter__(self) -> Cap:
-        """Set the soft limit."""
-        gc.collect()
-        _return_free_memory()
-        self.before_bytes = data_bytes()
-        if self.allowance_bytes is not None:
-            self.cap_bytes = self.before_bytes + self.allowance_bytes
-            _limit_data(self.cap_bytes)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Lift the limit, so that there is memory to report with; a refused allocation is an answer."""
-        if self.cap_bytes is None:
-            return False
-        _limit_data(None)
-        if error is None or not is_refusal(error):
-            return False
-        said = (str(error).splitlines() or ["no memory"])[0].rpartition("err == 0. ")[2]
-        self.refusal = f"{type(error).__name__}: {said}"
-        return True
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Return whether `error` says that the operating system gave no memory."""
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _REFUSALS)
-
-
-def data_bytes() -> int:
-    """Return the size of this process's data segment: what RLIMIT_DATA limits (Linux)."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmData:"))
-    return int(line.split()[1]) * 1024
-
-
-def _limit_data(limit: int | None) -> None:
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard if limit is None else limit, hard))
-
-
-def _return_free_memory() -> None:
-    """Give freed heap pages back, so that neither process starts with a hidden reserve."""
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _start_threads() -> None:
-    """Start torch's threads now: their stacks count as data, and are no tensor memory."""
-    x = torch.ones(4, 3, 256, 256, requires_grad=True)
-    F.conv2d(x, torch.ones(4, 3, 3, 3)).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _progress(stage: str, done: int, total: int) -> None:

@@ -44,8 +44,10 @@ class Named:
     targets: Any = None
 
 
-def resolve(name: str, size: str = "real", batch: int | None = None, inputs: Sequence[str] | None = None) -> Named:
-    """Return the model that `name` names, in training mode, built with a fixed seed.
+def resolve(
+    name: str, size: str = "real", batch: int | None = None, inputs: Sequence[str] | None = None, seed: int = 0
+) -> Named:
+    """Return the model that `name` names, in training mode, built with a fixed `seed`.
 
     Raises:
         BadInput: what is wrong with the name or with what the factory gave, in one line.
@@ -56,7 +58,7 @@ def resolve(name: str, size: str = "real", batch: int | None = None, inputs: Seq
         raise BadInput(f"model {name!r}: {FORMS}{known}")
     if size not in ("real", "small"):
         raise BadInput(f'--size {size!r}: choose "real" or "small"')
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if place == ZOO:
         return _from_zoo(name, factory, size, batch)
     if batch is not None or size != "real":

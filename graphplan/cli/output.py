@@ -18,7 +18,7 @@ from graphplan.errors import GraphplanError, InfeasibleBudget, PromiseBroken
 DONE, BAD_INPUT, INFEASIBLE, BROKEN = 0, 2, 3, 4
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad input; 3 infeasible budget; 4 a promise broken "
-    "(a measured peak over the budget, a gradient mismatch)."
+    "(a measured peak over the budget, a gradient mismatch, a missing client reply)."
 )
 PLAIN_WIDTH = 110  # columns where no terminal says how wide it is
 

@@ -1,0 +1,92 @@
+"""A cap that the operating system keeps: a limit on this process's data segment (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+_REFUSALS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+)
+
+
+class Cap:
+    """A limit on the process's data segment from entering to leaving; holds what the OS refused."""
+
+    def __init__(self, allowance_bytes: int | None) -> None:
+        """Allow `allowance_bytes` above what is mapped when the cap is entered; None: set no limit."""
+        self.allowance_bytes = allowance_bytes
+        self.before_bytes = 0
+        self.cap_bytes: int | None = None
+        self.refusal: str | None = None
+
+    def __enter__(self) -> Cap:
+        """Set the soft limit."""
+        gc.collect()
+        _return_free_memory()
+        self.before_bytes = data_bytes()
+        if self.allowance_bytes is not None:
+            self.cap_bytes = self.before_bytes + self.allowance_bytes
+            _limit_data(self.cap_bytes)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Lift the limit, so that there is memory to report with; a refused allocation is an answer."""
+        if self.cap_bytes is None:
+            return False
+        _limit_data(None)
+        if error is None or not is_refusal(error):
+            return False
+        said = (str(error).splitlines() or ["no memory"])[0].rpartition("err == 0. ")[2]
+        self.refusal = f"{type(error).__name__}: {said}"
+        return True
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether `error` says that the operating system gave no memory."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _REFUSALS)
+
+
+def data_bytes() -> int:
+    """Return the size of this process's data segment: what RLIMIT_DATA limits (Linux)."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmData:"))
+    return int(line.split()[1]) * 1024
+
+
+def _limit_data(limit: int | None) -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard if limit is None else limit, hard))
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back, so that neither process starts with a hidden reserve."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def start_threads() -> None:
+    """Start torch's threads now: their stacks count as data, and are no tensor memory."""
+    x = torch.ones(4, 3, 256, 256, requires_grad=True)
+    F.conv2d(x, torch.ones(4, 3, 3, 3)).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def tune_malloc() -> bool:
+    """Make glibc give freed tensors back at once, so that a plan's saving is the process's too; False elsewhere.
+
+    Every block of 64 KiB or more gets pages of its own, and the top of the heap is trimmed.
+    """
+    option: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
+    return option is not None and bool(option(_MMAP_THRESHOLD, 64 * 1024)) and bool(option(_TRIM_THRESHOLD, 0))

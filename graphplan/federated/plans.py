@@ -1,0 +1,168 @@
+"""Plans, the server's side: how a method's clients execute a step, and the frontier that each gets its plan from."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+import solvers
+from graphplan.capture import Capture
+from graphplan.choices import frontier, prepare_candidates
+from graphplan.device import Device
+from graphplan.errors import PlanFormatError
+from graphplan.federated.config import RunConfig
+from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
+from graphplan.federated.task import Task, task_loss, task_options
+from graphplan.lift import Prepared, lift
+from graphplan.optimize import Source
+from graphplan.plan import Plan
+from graphplan.program import write_program
+from graphplan.step import TrainStep
+from graphplan.step.program import WholeProgram
+from solvers import Op
+
+SPARE = 5  # smaller plans that a client holds beside its own, to shrink without asking
+MOST_BYTES = 8 << 20  # of plans unpacked from one message
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How clients of a method run a step.
+
+    `planned` False: plain PyTorch, in the unplanned peak or not at all. `recompute` False takes every second
+    computation out of the problem, so that only codecs are left.
+    """
+
+    planned: bool = True
+    codecs: str = "exact"
+    solver: str = "auto"
+    recompute: bool = True
+
+
+@dataclass(slots=True)
+class Planner:
+    """Answers budgets for one task: one frontier for each class of device, one solve for each of its plans."""
+
+    task: Task
+    execution: Execution
+    config: RunConfig
+    devices: dict[str, Device] = field(default_factory=dict)
+    cache: FrontierCache = field(init=False)
+    profiled: Device | None = None  # what was planned for last
+    texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
+    grounds: dict[str, tuple[Capture, Prepared]] = field(default_factory=dict)  # what each class was planned for
+
+    def __post_init__(self) -> None:
+        """Start with an empty cache."""
+        self.cache = FrontierCache(self._make)
+
+    def frontier(self, device_class: str) -> Frontier:
+        """Return the frontier of a class; its Device, when one was reported, is planned for."""
+        return self.cache.get((device_class, self.execution))
+
+    def unplanned(self, device_class: str) -> Plan:
+        """Return the class's plan at the unplanned peak: what a step takes and costs without a plan."""
+        return self.frontier(device_class).plans[-1]
+
+    def for_budget(self, device_class: str, budget_bytes: int) -> tuple[Plan, ...]:
+        """Return the plan for a budget, then smaller ones; none: nothing fits."""
+        frontier = self.frontier(device_class)
+        if not self.execution.planned:
+            return frontier.plans[-1:] if frontier.plans[-1].baseline_peak_bytes <= budget_bytes else ()
+        return frontier.below(budget_bytes, SPARE)
+
+    def packed(self, device_class: str, budget_bytes: int) -> bytes:
+        """Return `for_budget` as it travels, empty where nothing fits; each place of a frontier is packed once."""
+        key = device_class, self.frontier(device_class).index(budget_bytes)
+        if key not in self.texts:
+            plans = self.for_budget(device_class, budget_bytes)
+            self.texts[key] = pack(self._text(device_class, p) for p in plans) if plans else b""
+        return self.texts[key]
+
+    def _text(self, device_class: str, plan: Plan) -> str:
+        """Return the plan, or the program that runs it, as JSON."""
+        if not self.config.program:
+            return plan.to_json()
+        captured, prepared = self.grounds[device_class]
+        program = WholeProgram.of(captured, prepared, plan)
+        return write_program(self.task.model, program, plan, list(self.task.example))
+
+    def _make(self, key: Hashable) -> Frontier:
+        device_class = key[0] if isinstance(key, tuple) else ""
+        execution, (images, labels) = self.execution, self.task.example
+        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit)
+        model = self.task.fresh()
+        if self.config.whole and execution.planned:
+            optimizer = torch.optim.SGD(model.parameters(), self.config.learning_rate)
+            step = TrainStep(model, task_loss, optimizer, options)
+            options, source = step.options, step.source(images, labels)
+        else:
+            source = Source.of(model, (images,), {}, options)
+        device = self.devices.get(device_class)
+        options = replace(options, device=device)  # one that was reported is not measured here
+        device = device or Device.this(images.device)
+        # Of a whole step's forms the first: it has every bit of the plain one.
+        (candidate,) = prepare_candidates(source.captures()[:1], options, device, source)
+        prepared = candidate.prepared
+        self.profiled, self.grounds[device_class] = device, (candidate.captured, prepared)
+        if not execution.planned:
+            kept = solvers.solve(prepared.problem, "keep_all")
+            return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
+        if not execution.recompute:
+            candidate = replace(candidate, prepared=_once(prepared))
+        return Frontier(frontier((candidate,), options, min(MOST_POINTS, self.config.points)))
+
+
+def _once(prepared: Prepared) -> Prepared:
+    """Return the problem in which every forward computation runs once: what is not kept must be encoded.
+
+    Variants of forward ops, which exist to run them again, get a workspace that fits no budget.
+    """
+    problem = prepared.problem
+    forward = set(problem.program[: problem.turn])
+    too_much = sum(problem.value_bytes) + problem.fixed_bytes
+
+    def once(o: int, op: Op) -> Op:
+        if o in forward:
+            return replace(op, repeatable=False)
+        return replace(op, workspace_bytes=too_much) if op.instead_of in forward else op
+
+    ops = tuple(once(o, op) for o, op in enumerate(problem.ops))
+    return replace(prepared, problem=replace(problem, ops=ops))
+
+
+def pack(texts: Iterable[str]) -> bytes:
+    """Return plans or programs, given as JSON, as they travel: deflated."""
+    return zlib.compress(json.dumps(list(texts)).encode(), level=9)
+
+
+def unpack(data: bytes) -> tuple[Plan, ...]:
+    """Return the plans in what `pack` wrote.
+
+    Raises:
+        PlanFormatError: as `unpack_texts`, or not plans.
+    """
+    return tuple(Plan.from_json(t) for t in unpack_texts(data))
+
+
+def unpack_texts(data: bytes) -> list[str]:
+    """Read what `pack` wrote.
+
+    Raises:
+        PlanFormatError: damaged, larger than MOST_BYTES, or not a list of texts.
+    """
+    reader = zlib.decompressobj()
+    try:
+        text = reader.decompress(data, MOST_BYTES)
+        if reader.unconsumed_tail or not reader.eof:
+            raise PlanFormatError(f"the plans are cut off, or unpack to more than {MOST_BYTES} bytes")
+        texts = json.loads(text)
+    except (zlib.error, ValueError) as e:
+        raise PlanFormatError(f"the plans are damaged: {e}") from e
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise PlanFormatError("expected a list of plans")
+    return texts
