@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from models_zoo import MODELS
 from models_zoo.entry import Example
 
 CAPS = (0.01, 0.1, 1.0)
+RENEWED = (0.05, 0.2, 0.5)  # of the steps
 METHODS = ("exact", *(f"noise {c:g}" for c in CAPS), "uniform 4 bit, exact masks", "uniform 4 bit, no masks")
 
 
@@ -116,7 +117,10 @@ def train(task: Task, method: str, seed: int) -> dict[str, Any]:
     schedule_of_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=task.steps)
     torch.manual_seed(seed)
     model.train()
-    for example in task.batches(seed):
+    renewed = {int(part * task.steps) for part in RENEWED} if method.startswith("noise") else set()
+    for i, example in enumerate(task.batches(seed)):
+        if i in renewed:
+            module, here, schedule = _planned(task, model, example, method)
         _loss(task, module, example, masked=method != METHODS[-1]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -177,9 +181,13 @@ def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple
     if method.startswith("uniform"):
         schedule = tuple(all_encoded(here, "int4")[0])
     elif method.startswith("noise"):
-        least = solvers.least_peak(turn_only(compress_only(problem)), solvers.Limits(seconds=4))
-        assert least.schedule is not None
-        schedule = least.schedule
+        for limit in (problem.noise_limit_ppb, problem.noise_limit_ppb * 3 // 4, 0):  # as a plan's own check does
+            capped = replace(problem, noise_limit_ppb=limit)
+            least = solvers.least_peak(turn_only(compress_only(capped)), solvers.Limits(seconds=4))
+            assert least.schedule is not None
+            schedule = least.schedule
+            if limit == 0 or joint_noise(here, schedule).noise <= cap:
+                break
     plan = plan_of(here, schedule)
     return graphplan.apply(model, plan, first.inputs, **here.loss), here, schedule
 
@@ -199,8 +207,6 @@ def _figures(here: Ground, schedule: Any) -> dict[str, Any]:
 
 
 def _any_noise(problem: Any) -> Any:
-    from dataclasses import replace
-
     return replace(problem, noise_limit_ppb=1 << 62)
 
 

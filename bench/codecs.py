@@ -28,6 +28,8 @@ WARM = {
 OUT = Path(__file__).parent / "out" / "codecs.jsonl"
 NUMEL = 1 << 24  # 64 MiB of float32
 Cases = dict[str, tuple[Callable[[], object], float | None]]  # what runs, and the ratio it is to reach
+PACK, UNPACK = {8: 1.3, 4: 1.6, 2: 1.5}, 0.9  # by bits, with a compiler
+PACK_EAGER, UNPACK_EAGER = {8: 0.9, 4: 0.9, 2: 0.9}, 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,44 @@ def compiled() -> Cases:
     }
 
 
+def groups() -> Cases:
+    """Return lossy codes both ways: as they run where a compiler stands, or as they are without one."""
+    import torch
+
+    from graphplan.functions import HALF, dequantise, quantise, warm_up
+    from graphplan.functions.compiled import has_compiler
+
+    fast = has_compiler(torch.device("cpu"))
+    pack_targets, words = (PACK, "compiled") if fast else (PACK_EAGER, "no compiler")
+    unpack_target = UNPACK if fast else UNPACK_EAGER
+    x, cases = torch.randn(NUMEL), Cases()
+    for bits in (8, 4, 2, HALF):
+        name = "bfloat16" if bits == HALF else f"{bits} bit"
+        if fast:
+            warm_up(bits, x.dtype, x.device)
+        code = quantise(x, bits, 1, 1)
+        cases[f"pack {name}, {words}"] = (lambda b=bits: quantise(x, b, 1, 1), pack_targets.get(bits))  # type: ignore[misc]
+        target = unpack_target if bits in pack_targets else None
+        cases[f"unpack {name}, {words}"] = (
+            lambda b=bits, c=code: dequantise(c, b, x.shape, x.stride(), x.dtype),
+            target,
+        )  # type: ignore[misc]
+    return cases
+
+
+def in_tree() -> Cases:
+    """Return torch's own fused row-wise ops, which round to the nearest: why they are left alone (DECISIONS)."""
+    import torch
+
+    x, cases = torch.randn(NUMEL).view(-1, 256), Cases()
+    for name in ("byte", "4bit", "2bit"):
+        pack = getattr(torch.ops.quantized, f"embedding_bag_{name}_prepack")
+        unpack, code = getattr(torch.ops.quantized, f"embedding_bag_{name}_unpack"), pack(x)
+        cases[f"embedding_bag_{name}_prepack"] = (lambda p=pack: p(x), None)  # type: ignore[misc]
+        cases[f"embedding_bag_{name}_unpack"] = (lambda u=unpack, c=code: u(c), None)  # type: ignore[misc]
+    return cases
+
+
 def indices() -> Cases:
     """Return pool indices to and from places in the window, of a pool with a 64 MB input."""
     import torch
@@ -177,7 +217,9 @@ def main() -> None:
     args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in WARM.items()):
         os.execve(sys.executable, [sys.executable, "-m", "bench.codecs", *sys.argv[1:]], {**os.environ, **WARM})
-    suites = (sides, indices) if args.no_compiler else (sides, indices, compiled)
+    if args.no_compiler:
+        os.environ["CXX"] = "/nonexistent"  # before torch reads it
+    suites = (groups, sides, indices, in_tree) if args.no_compiler else (groups, sides, indices, compiled)
     rows = [row for cases in suites for row in measure(cases(), args.runs)]
     head = f"clone of 64 MiB: {rows[0].clone_ms:.1f} ms, {rows[0].threads} threads, torch {rows[0].torch}"
     text = "\n".join([head, *map(str, rows)])

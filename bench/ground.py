@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphplan.capture import Capture
+    from graphplan.instructions import Instructions
     from graphplan.lift import Prepared
     from graphplan.optimize import Options
     from graphplan.plan import Plan
@@ -84,6 +85,13 @@ def recompute_only(prepared: Prepared) -> Problem:
     from graphplan.lower import without_codecs
 
     return without_codecs(prepared.problem, prepared.instructions)
+
+
+def without_encoded(instructions: Instructions) -> Instructions:
+    """Return the instructions of the Problem without codecs: they stand first."""
+    encoded = {e.id for e in instructions.encoded}
+    items = tuple(i for i in instructions.items if encoded.isdisjoint((*i.reads, *i.writes)))
+    return replace(instructions, items=items, encoded=())
 
 
 def compress_only(problem: Problem) -> Problem:

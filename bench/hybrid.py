@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bench.ground import (
     plan_of,
     recompute_only,
     turn_only,
+    without_encoded,
 )
 from bench.page import write_between
 
@@ -44,30 +45,31 @@ def problems_of(here: Ground) -> dict[str, Any]:
 
 def predicted(here: Ground, seconds: float) -> dict[str, Any]:
     """Return, at each of BUDGETS, the overhead of each kind (None: nothing found), and the schedules."""
-    import solvers
-    from solvers import Limits, simulate
+    from graphplan.errors import InfeasibleBudget
+    from graphplan.lift import schedule_of
+    from graphplan.optimize import find_least, make_plan
 
-    problems = problems_of(here)
-    least = {k: solvers.least_peak(p, Limits(seconds=seconds)) for k, p in problems.items()}
+    options = replace(here.options, time_limit=seconds)
+    kinds = {k: replace(here.prepared, problem=p) for k, p in problems_of(here).items()}
+    kinds["recompute"] = replace(kinds["recompute"], instructions=without_encoded(here.prepared.instructions))
+    least = {k: find_least(p, options) for k, p in kinds.items()}
     low, top = least["recompute"].least_peak_bytes, here.prepared.baseline_peak_bytes
     assert low is not None
-    program = here.prepared.problem.program_cost_ns()
     rows, schedules = [], {}
     for part in BUDGETS:
         budget = int(low + part * (top - low))
         row: dict[str, Any] = {"part": part, "budget": budget}
-        for kind, problem in problems.items():
-            known = tuple(s for s in [least[kind].schedule] if s is not None)
+        for kind, prepared in kinds.items():
             start = time.monotonic()
-            found = solvers.solve(problem.with_budget(budget), "auto", Limits(seconds=seconds, known=known))
-            row[f"{kind}_s"] = time.monotonic() - start
-            if found.schedule is None:
+            at = replace(prepared, problem=prepared.problem.with_budget(budget))
+            try:
+                plan = make_plan(at, least[kind], options)
+            except InfeasibleBudget:
                 row[kind] = None
                 continue
-            usage = simulate(problem.with_budget(budget), found.schedule)
-            row[kind], row[f"{kind}_status"] = usage.cost_ns / program - 1, found.status.name.lower()
-            row[f"{kind}_noise"] = usage.noise_ppb / 1e9
-            schedules[part, kind] = found.schedule
+            row[f"{kind}_s"] = time.monotonic() - start
+            row[kind], row[f"{kind}_status"], row[f"{kind}_noise"] = plan.overhead, plan.status, plan.noise
+            schedules[part, kind] = schedule_of(at, plan.steps)
         rows.append(row)
     peaks = {k: s.least_peak_bytes for k, s in least.items()}
     return {"least": peaks, "baseline": top, "budgets": rows, "schedules": schedules}

@@ -128,6 +128,8 @@ class Lossy:
             for result in results_of(graph, op.node, op.writes):
                 item = value if result is op.node else out.call(operator.getitem, (value, result.args[1]), result.name)
                 out.store(result, item)
+            # A plan's values live through the whole instruction: read once more, or the peak is below the prediction.
+            out.call(aten.detach.default, (out.load_encoded(code.id),), f"{code.name}__held")
 
         reads = (*(s for s in op.reads if s != storage and not graph.storages[s].kind.fixed), code.id)
         beyond = lambda out: out.store(node, decoded(out))  # noqa: E731

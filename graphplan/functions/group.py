@@ -1,7 +1,8 @@
 """Lossy codes: groups of 256 elements in 8, 4 or 2 bits between their minimum and maximum, or bfloat16.
 
-Rounding is stochastic: up with the probability that makes the decoded value right on average. The noise is a hash of
-(key, slot, element), so that the same step gives the same code, and no random stream is touched. The quantiser is
+Rounding is stochastic: up with the probability that makes the decoded value right on average. The noise is a hash's:
+a table of it, read from a place that a hash of (key, slot) says, again every SPAN elements. So the same step gives the
+same code, no random stream is touched, and no element costs a hash. The quantiser is
 ActNN's (Chen et al. 2021) but for exact ends: codes are clamped on both sides, a short last group repeats its last
 element, a group with a NaN, an infinity or a range beyond float32 decodes to NaN, one whose steps would be subnormal
 to its minimum.
@@ -16,6 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +29,7 @@ GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
 FAST_BLOCKS = (4 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
-GOLDEN = 0x9E3779B1
-FRACTION = 1 << 16
+SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -57,17 +58,17 @@ def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 @registered("(Tensor x, int bits, int key, int slot) -> Tensor", _packed_like)
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
-    packed, seed = _packed_like(x, bits, key, slot), mix(key, slot)
-    flat, numel = in_storage_order(x), x.numel()
+    packed, place = _packed_like(x, bits, key, slot), mix(key, slot) % SPAN
+    flat, numel, table = in_storage_order(x), x.numel(), _table(x.device)
     for start, stop, kernel in _stretches(numel, "encode", bits, x):
-        # Position i of a stretch is element start + i: the hash multiplies both alike.
-        at = torch.tensor(_word(seed + start * GOLDEN), dtype=torch.int32, device=x.device)
+        begin = place + start % SPAN
+        noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
-            kernel(flat[start:stop], at, packed.view(torch.bfloat16)[start:stop])
+            kernel(flat[start:stop], noise[: stop - start], packed.view(torch.bfloat16)[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
         codes, low, step = _parts(packed, numel, bits)
-        low[rows], step[rows] = kernel(_whole_groups(flat[start:stop]), at, codes[rows])
+        low[rows], step[rows] = kernel(_whole_groups(flat[start:stop]), noise.view(-1, GROUP), codes[rows])
     return packed
 
 
@@ -103,7 +104,10 @@ def _stretches(numel: int, half: str, bits: int, x: Tensor) -> Iterator[tuple[in
         while fast is not None and start + block <= numel:
             yield start, start + block, fast
             start += block
-    for begin in range(start, numel, CHUNK):
+    whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
+    for begin in range(start, whole, CHUNK):
+        yield begin, min(begin + CHUNK, whole), kernel
+    for begin in range(max(start, whole), numel, CHUNK):
         yield begin, min(begin + CHUNK, numel), kernel
 
 
@@ -125,13 +129,13 @@ def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
         x = torch.randn(groups, GROUP, generator=random) * torch.logspace(-44, 37, groups)[:, None]
         x[3], x[4, 7], x[5, 9] = 1.5, math.nan, math.inf
         x = x.to(dtype).to(device)
-        seed = torch.tensor(12345, dtype=torch.int32, device=device)
+        noise = _table(device)[12345 : 12345 + min(SPAN, x.numel())]
         if bits == HALF:
-            return x.view(-1), seed, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
+            return x.view(-1), noise, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
         parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
         if half == "encode":
-            return x, seed, parts[0]
-        low, step = _encode(x, seed, parts[0], bits)
+            return x, noise.view(-1, GROUP), parts[0]
+        low, step = _encode(x, noise.view(-1, GROUP), parts[0], bits)
         return parts[0], low, step, torch.empty_like(x)
 
     return arguments
@@ -158,56 +162,54 @@ def _whole_groups(chunk: Tensor) -> Tensor:
     return chunk.view(-1, GROUP)
 
 
-def _encode(x: Tensor, seed: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Write the codes of the groups x (groups, GROUP); return their minima and steps."""
+def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Write the codes of the groups x (groups, GROUP), by noise in [0, 1); return their minima and steps."""
     levels, each = (1 << bits) - 1, 8 // bits
     x = x.float()
-    least, most = x.aminmax(dim=1)
+    least, most = x.amin(dim=1), x.amax(dim=1)  # aminmax is ten times as slow
     width = (most - least) / levels
     finite = width.isfinite()
     least = torch.where(finite, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
     width = torch.where(finite, torch.where(width < _SMALLEST, 0.0, width), torch.nan)
     rate = torch.where(width > 0, 1.0 / width, 0.0)
-    # Fixed point: the fraction of a step, plus as many random bits, carries with the fraction's probability.
-    at = ((x - least[:, None]) * rate[:, None] * FRACTION).int() + ((_hash(x.shape, seed) >> 16) & (FRACTION - 1))
     # In a group with a NaN anything may stand: its step says what it is.
-    code = (at >> 16).clamp_max(levels)
-    if each > 1:
-        parts = code.view(-1, each, GROUP // each)
-        code = parts[:, 0]
-        for i in range(1, each):
-            code = code | (parts[:, i] << (bits * i))
+    at = (x - least[:, None]).mul_(rate[:, None]).clamp_max_(levels)
+    at.view(-1, *noise.shape).add_(noise)
+    parts = at.floor_().view(-1, each, GROUP // each)
+    code = parts[:, 0]
+    for i in range(1, each):
+        code = code.add(parts[:, i], alpha=1 << (bits * i))  # exact
     codes.copy_(code)
     return least, width
 
 
 def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
     """Write the groups out (groups, GROUP)."""
-    mask = (1 << bits) - 1
-    parts = torch.stack([(codes >> (bits * i)) & mask for i in range(8 // bits)], dim=1)
-    out.copy_(parts.view(-1, GROUP) * step[:, None] + low[:, None])
+    mask, each = (1 << bits) - 1, 8 // bits
+    if out.dtype is not torch.float32:
+        parts = torch.stack([(codes >> (bits * i)) & mask for i in range(each)], dim=1)
+        out.copy_(parts.view(-1, GROUP) * step[:, None] + low[:, None])
+        return
+    parts = out.view(-1, each, GROUP // each)
+    for i in range(each):
+        parts[:, i] = (codes >> (bits * i)) & mask if each > 1 else codes
+    out.mul_(step[:, None]).add_(low[:, None])
 
 
-def _round_half(x: Tensor, seed: Tensor, out: Tensor) -> None:
+def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:
     """Write x (n,) rounded up or down to bfloat16: noise is added below its last bit, and cut off."""
     x = x.float()
-    words = (x.view(torch.int32) + ((_hash(x.shape, seed) >> 16) & 0xFFFF)) & ~0xFFFF
-    rounded = words.view(torch.float32)
+    below = (noise * (1 << 16)).int()
+    words = (x.view(torch.int32).view(-1, *noise.shape) + below).bitwise_and_(~0xFFFF)
+    rounded = words.view(torch.float32).view(x.shape)
     # Beyond the largest number the nearest; NaN and infinity as they are.
     out.copy_(torch.where(rounded.isfinite(), rounded, x))
 
 
-def _hash(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Return 32 mixed bits of (seed, position), int32. Shifts are arithmetic: what they bring in is masked off."""
-    h = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(*shape) * _word(GOLDEN) + seed
-    h = h ^ ((h >> 15) & 0x1FFFF)
-    h = h * _word(0x2C1B3C6D)
-    h = h ^ ((h >> 12) & 0xFFFFF)
-    h = h * _word(0x297A2D39)
-    return h ^ ((h >> 15) & 0x1FFFF)
-
-
-def _word(n: int) -> int:
-    """Return the lowest 32 bits as a signed number."""
-    n &= 0xFFFFFFFF
-    return n - (1 << 32) if n >> 31 else n
+@cache
+def _table(device: torch.device) -> Tensor:
+    """Return noise in [0, 1) in steps of 2^-16, float32 (2 * SPAN,): 32 mixed bits of each position."""
+    h = np.arange(2 * SPAN, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
+    return torch.from_numpy((h >> np.uint32(16)).astype(np.float32) / (1 << 16)).to(device)

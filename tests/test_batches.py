@@ -1,0 +1,34 @@
+"""Batches of other sizes: decisions are carried over, a percentage is of the largest, what does not fit is solved."""
+
+from __future__ import annotations
+
+import torch
+from test_semantics import Net
+
+import graphplan
+
+
+def test_the_smaller_last_batch_keeps_the_decisions() -> None:
+    planned = graphplan.optimize(Net(), 10_000_000, (torch.randn(1024, 16),), time_limit=5)
+    fates = {n: d.fate for n, d in planned.plan.decisions.items()}
+    planned(torch.randn(100, 16)).sum().backward()
+    assert "carried" in planned.plan.solver
+    assert {n: d.fate for n, d in planned.plan.decisions.items()} == fates
+
+
+def test_a_percentage_is_of_the_largest_batch_so_far() -> None:
+    planned = graphplan.optimize(Net(), "75%", (torch.randn(1024, 16),), time_limit=5)
+    budget = planned.plan.budget_bytes
+    planned(torch.randn(2, 16)).sum().backward()
+    assert planned.plan.budget_bytes == budget
+    planned(torch.randn(2048, 16)).sum().backward()
+    assert planned.plan.budget_bytes == int(0.75 * planned.plan.baseline_peak_bytes) > budget
+
+
+def test_a_larger_batch_that_no_longer_fits_is_solved_again() -> None:
+    x, larger = torch.randn(512, 16), torch.randn(560, 16)
+    unplanned = graphplan.optimize(Net(), "100%", (x,), time_limit=5).plan
+    planned = graphplan.optimize(Net(), unplanned.peak_bytes, (x,), time_limit=5)
+    planned(larger).sum().backward()
+    assert "carried" not in planned.plan.solver
+    assert planned.plan.peak_bytes <= unplanned.peak_bytes
