@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphplan.errors import CaptureError
-from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, tensors_of
+from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, target_text, tensors_of
 from graphplan.interface import Interface
 from graphplan.normalise import Extend, is_random, normalise
 from graphplan.views import aliased_input
@@ -96,7 +96,9 @@ def _make_ops(
         random = is_random(node)
         known = schema is not None or "graphplan_pure" in node.meta
         pure = known and not random and not in_place and mutated.isdisjoint(reads)
-        ops.append(GraphOp(len(ops), node, node.name, str(node.target), reads, writes, node in backward, random, pure))
+        ops.append(
+            GraphOp(len(ops), node, node.name, target_text(node.target), reads, writes, node in backward, random, pure)
+        )
     return tuple(ops)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import networkx as nx
@@ -198,7 +199,7 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
         if node.op == "output":
             continue
         meta = [_meta_text(v) for v in _values(node.meta.get("val"))]
-        digest.update(f"{node.op}|{node.name}|{node.target}|{node.args}|{node.kwargs}|{meta}\n".encode())
+        digest.update(f"{node.op}|{node.name}|{target_text(node.target)}|{node.args}|{node.kwargs}|{meta}\n".encode())
     dag = nx.Graph()  # bipartite: op names and storages; networkx hashes directed graphs differently by version
     for op in ops:
         dag.add_node(op.name, label=op.target)
@@ -208,6 +209,13 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
         dag.add_node(f"%{s.id}", label=f"{s.kind.value}:{s.nbytes}")
     digest.update(nx.weisfeiler_lehman_graph_hash(dag, node_attr="label", iterations=2).encode())
     return digest.hexdigest()[:32]
+
+
+def target_text(target: Any) -> str:
+    """Return what a node calls, the same text in every process: a Python function by its name, not its address."""
+    if isinstance(target, FunctionType):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
 
 
 def _values(value: Any) -> tuple[Any, ...]:
