@@ -92,7 +92,7 @@ def sides() -> Cases:
 
 
 def compiled() -> Cases:
-    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 14)."""
+    """Return what Inductor makes of masks, in the layout that suits it: why they are left to numpy (DECISIONS 16)."""
     import torch
     from torch import Tensor
 

@@ -75,7 +75,7 @@ def capture(
         )
     flat = _Flat(model, template)
     # Tracing must not draw from the user's RNG stream.
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _restored(model):
         traced, joint = _climb(flat, tensors)
     owner, prefix = (model, "model.") if inner is None else (inner, "model.model.")
     graph = build_graph(joint, owner, traced, type(owner).__name__, prefix, extend)
@@ -120,6 +120,19 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
             return exported, _joint(exported, tensors)
         except Exception as second:
             raise _explain(flat.model, first, second) from second
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back every tensor of the model: tracing leaves its own in a module that stands under two names."""
+    held: list[tuple[Any, dict[str, Any]]] = []
+    for module in model.modules():
+        held.extend((own, dict(own)) for own in (module._parameters, module._buffers))
+    try:
+        yield
+    finally:
+        for own, before in held:
+            own.update(before)
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ class Graph:
     def update(self) -> str:
         """The name of the function that updates parameters inside the step; empty where the caller does it."""
         targets = (op.node.target for op in self.ops if "graphplan_update" in op.node.meta)
-        return str(getattr(next(targets, None), "__name__", ""))
+        return str(getattr(next(targets, None), "__name__", "")).removesuffix("_of_product")
 
     @property
     def fixed_bytes(self) -> int:
@@ -199,7 +199,8 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
         if node.op == "output":
             continue
         meta = [_meta_text(v) for v in _values(node.meta.get("val"))]
-        digest.update(f"{node.op}|{node.name}|{target_text(node.target)}|{node.args}|{node.kwargs}|{meta}\n".encode())
+        target = target_text(node.target)
+        digest.update(f"{node.op}|{node.name}|{target}|{node.args}|{node.kwargs}|{meta}\n".encode())
     dag = nx.Graph()  # bipartite: op names and storages; networkx hashes directed graphs differently by version
     for op in ops:
         dag.add_node(op.name, label=op.target)
@@ -212,7 +213,7 @@ def fingerprint_of(module: fx.GraphModule, ops: tuple[GraphOp, ...], storages: t
 
 
 def target_text(target: Any) -> str:
-    """Return what a node calls, the same text in every process: a Python function by its name, not its address."""
+    """Return the name of what a node calls, the same in every process: a function's text has its address."""
     if isinstance(target, FunctionType):
         return f"{target.__module__}.{target.__qualname__}"
     return str(target)

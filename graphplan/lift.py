@@ -34,6 +34,7 @@ class Prepared:
     loss_measured: bool
     problem: Problem
     baseline_peak_bytes: int
+    baseline_cost_ns: int
     noise: Noise | None = None  # of lossy codes, where any is allowed and it was estimated or given
 
 
@@ -57,7 +58,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         outside_bytes=prepared.outside_bytes,
         loss_measured=prepared.loss_measured,
         cost_ns=usage.cost_ns,
-        baseline_cost_ns=problem.program_cost_ns(),
+        baseline_cost_ns=prepared.baseline_cost_ns,
         lower_bound_ns=solution.lower_bound_ns,
         bound_class=solution.bound_class,
         any_bound_ns=solution.any_bound_ns,
@@ -84,14 +85,36 @@ def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tup
     problem, items = prepared.problem, prepared.instructions.items
     without = {"writing over operands that die": problem.out_of_place()}
     if prepared.graph.update:
-        updates = {op.name for op in prepared.graph.ops if "graphplan_update" in op.node.meta}
+        ops = prepared.graph.ops
+        updates = {op.name for op in ops if "graphplan_update" in op.node.meta and len(op.node.args) == 4}
         held = [v for o, item in enumerate(items) if item.name in updates for v in problem.ops[o].reads]
         end = problem.program[-1]
-        ops = list(problem.ops)
-        ops[end] = replace(ops[end], reads=tuple(dict.fromkeys((*ops[end].reads, *held))))
-        without["applying gradients where they are final"] = replace(problem, ops=tuple(ops))
+        last = replace(problem.ops[end], reads=tuple(dict.fromkeys((*problem.ops[end].reads, *held))))
+        held_ops = (*problem.ops[:end], last, *problem.ops[end + 1 :])
+        without["applying gradients where they are final"] = replace(problem, ops=held_ops)
+    without.update(_unsplit(prepared))
     peaks = {what: simulate(other, schedule).peak_bytes - peak_bytes for what, other in without.items()}
     return tuple((what, n) for what, n in peaks.items() if n > 0)
+
+
+def _unsplit(prepared: Prepared) -> dict[str, Problem]:
+    """Return the Problem with the ops that work in parts as large as if they did not, by how they do it."""
+    ops, items = prepared.graph.ops, prepared.instructions.items
+    grown: dict[str, dict[int, int]] = {}
+    for o, item in enumerate(items):
+        what, nbytes = ("", 0) if item.op is None else ops[item.op].node.meta.get("graphplan_saves", ("", 0))
+        if what:
+            grown.setdefault(what, {})[o] = nbytes
+    return {
+        what: replace(
+            prepared.problem,
+            ops=tuple(
+                replace(op, workspace_bytes=op.workspace_bytes + more.get(o, 0))
+                for o, op in enumerate(prepared.problem.ops)
+            ),
+        )
+        for what, more in grown.items()
+    }
 
 
 def schedule_of(prepared: Prepared, steps: tuple[str, ...]) -> Schedule:

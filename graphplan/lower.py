@@ -80,6 +80,19 @@ def noise_ppb(graph: Graph, code: Encoded, noise: Noise | None) -> int:
     return REFUSED_PPB if noise is None else noise.ppb(graph.storages[code.of].name, code.codec)
 
 
+def without_codecs(problem: Problem, instructions: Instructions) -> Problem:
+    """Return `problem` with nothing encoded. Codecs' ops and values stand last: its schedules are `problem`'s too."""
+    encoded = {e.id for e in instructions.encoded}
+    ops = sum(encoded.isdisjoint((*item.reads, *item.writes)) for item in instructions.items)
+    values = len(problem.value_bytes) - len(encoded)
+    return replace(
+        problem,
+        ops=problem.ops[:ops],
+        value_bytes=problem.value_bytes[:values],
+        value_names=problem.value_names[:values],
+    )
+
+
 def values_of(graph: Graph, instructions: Instructions) -> tuple[int, ...]:
     """Return the storages that are values of the Problem, in its order: all but the fixed ones."""
     written = {s for item in instructions.items for s in item.writes}

@@ -13,6 +13,12 @@ from graphplan.interface import Interface, resolve
 from graphplan.views import merge_views
 
 aten = torch.ops.aten
+_LARGE_SCALARS = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.binary_cross_entropy.default,
+    aten.soft_margin_loss.default,
+)
 Extend = Callable[[fx.Graph, Interface, set[fx.Node]], None]
 
 
@@ -28,6 +34,7 @@ def normalise(
     _mend_mixed_batch_norm(graph)
     _merge_tied(graph, interface, model)
     merge_views(graph)
+    _copy_scalars(graph, interface)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
     interface.rename()
@@ -60,6 +67,21 @@ def _mend_mixed_batch_norm(graph: fx.Graph) -> None:
         node.meta["val"] = tuple(v.to(dtype) if i in (1, 2) else v for i, v in enumerate(node.meta["val"]))
         for item in node.users:
             item.meta["val"] = node.meta["val"][item.args[1]]
+
+
+def _copy_scalars(graph: fx.Graph, interface: Interface) -> None:
+    """Copy the means and sums of losses whose CPU kernels return them in memory as large as their terms."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.target not in _LARGE_SCALARS or value.dim() or not value.is_cpu:
+            continue
+        terms = node.args[0].meta["val"]
+        node.meta["val"] = terms.new_empty((terms.numel(),)).as_strided((), ())
+        with graph.inserting_after(node):
+            copy = graph.call_function(aten.clone.default, (node,))
+        copy.meta["val"] = value
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+        interface.replace(node, copy)
 
 
 def _merge_tied(graph: fx.Graph, interface: Interface, model: nn.Module) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import solvers
+from graphplan.choices import candidates_of, frontier
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.lift import Prepared, lift
-from graphplan.optimize import Options, Source, find_least, make_options, prepare_model
+from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.step import TrainStep
 from graphplan.tree import as_tuple
-from solvers import Limits
 
 
 def pareto(
@@ -52,31 +49,4 @@ def pareto(
         step = TrainStep(model, loss_fn, optimizer, options)
         options = step.options
         source = step.source(dict(example_kwargs) if example_kwargs else example_inputs, example_targets)
-    return along(prepare_model(model, source, options), options, points)
-
-
-def along(prepared: Prepared, options: Options, points: int) -> tuple[Plan, ...]:
-    """Return up to `points` plans along the frontier of a prepared graph, at most one solve each."""
-    smallest = find_least(prepared, options)
-    least, top = smallest.least_peak_bytes, prepared.baseline_peak_bytes
-    assert least is not None
-    assert smallest.schedule is not None
-    steps = max(1, points - 1)
-    budgets = sorted({least + (top - least) * i // steps for i in range(max(1, points))} | {top})
-    problem = prepared.problem
-    limits = Limits(seconds=options.time_limit, known=(smallest.schedule,))
-    options.report("solving", 0, 1)
-    if options.solver == "auto":
-        found = solvers.solve_family(problem, budgets, limits)
-    else:
-        share = replace(limits, seconds=options.time_limit / len(budgets))
-        found = tuple(solvers.solve(problem.with_budget(b), options.solver, share) for b in budgets)
-    options.report("solving", 1, 1)
-    plans: list[Plan] = []
-    for budget, solution in zip(budgets, found, strict=True):
-        if solution.schedule is None:
-            continue
-        plan = lift(replace(prepared, problem=problem.with_budget(budget)), solution, least)
-        if not plans or plan.cost_ns < plans[-1].cost_ns:
-            plans.append(plan)
-    return tuple(plans)
+    return frontier(candidates_of(model, source, options), options, points)

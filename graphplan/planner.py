@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from graphplan.capture import Capture
+from graphplan.choices import Candidate, Candidates, at_budget, choose, least_peaks, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
-from graphplan.lift import Prepared, schedule_of
-from graphplan.optimize import (
-    Options,
-    Source,
-    carry,
-    check_fingerprint,
-    check_noise,
-    check_plan,
-    device_of,
-    find_least,
-    make_plan,
-    prepare,
-)
+from graphplan.lift import Prepared
+from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
 from graphplan.progress import bars
-from graphplan.units import parse_budget
-from solvers import Schedule, Solution
 
 P = TypeVar("P")
 Sources = Callable[[], Source]
@@ -43,16 +31,6 @@ class Entry(Generic[P]):
     step: P
 
 
-@dataclass(slots=True)
-class _Ground:
-    """What planning one graph needs, whatever the budget."""
-
-    captured: Capture
-    prepared: Prepared
-    least: Solution | None = None
-    schedules: list[Schedule] = field(default_factory=list)  # of plans made so far, at any budget
-
-
 class Planner(Generic[P]):
     """Keeps captured graphs and their plans by key; `build(captured, prepared, plan)` makes the program."""
 
@@ -62,7 +40,7 @@ class Planner(Generic[P]):
         self.device: Device | None = options.device
         self.entries: dict[Hashable, Entry[P]] = {}
         self.latest: Entry[P] | None = None
-        self._grounds: dict[Hashable, _Ground] = {}
+        self._grounds: dict[Hashable, Candidates] = {}
 
     def entry(self, key: Hashable, sources: Sources) -> Entry[P]:
         """Return the entry for `key`, planned now if it is new."""
@@ -79,10 +57,16 @@ class Planner(Generic[P]):
         """
         with bars() as report, torch.enable_grad():
             source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
-            ground = self._ground(key, source, replace(self.options, report=report))
-        check_fingerprint(plan, ground.captured.graph)
-        self.latest = self._entry(ground.captured, ground.prepared, plan)
+            candidates = self._candidates(key, source, replace(self.options, report=report))
+        mine = next((c for c in candidates if c.captured.graph.fingerprint == plan.fingerprint), candidates[0])
+        check_fingerprint(plan, mine.captured.graph)
+        self.latest = self._entry(mine, plan)
         self.entries[key] = self.latest
+
+    def least_peaks(self, key: Hashable, sources: Sources) -> tuple[int, ...]:
+        """Return the least feasible peak of each form of what `sources` gives."""
+        with torch.enable_grad():
+            return least_peaks(self._candidates(key, sources(), self.options), self.options)
 
     def present(self) -> Entry[P]:
         """Return the latest entry.
@@ -117,36 +101,26 @@ class Planner(Generic[P]):
         with bars() as report, torch.enable_grad():
             options = replace(self.options, report=report)
             source = sources()
-            ground = self._ground(key, source, options)
-            prepared = ground.prepared
-            known = self.latest.plan if self.latest is not None else None
-            plan = carry(known, prepared, options) if known is not None else None
-            if plan is None:
-                ground.least = ground.least or find_least(prepared, options)
-                plan = make_plan(prepared, ground.least, options, tuple(ground.schedules))
-                prepared, plan = check_noise(ground.captured, prepared, plan, options, source.batch)
-                ground.schedules.append(schedule_of(prepared, plan.steps))
-            return self._entry(ground.captured, prepared, plan)
+            candidates = self._candidates(key, source, options)
+            for candidate in candidates:
+                plan = None if self.latest is None else carry(self.latest.plan, candidate.prepared, options)
+                if plan is not None:
+                    return self._entry(candidate, plan)
+            return self._entry(*choose(candidates, options, source.batch))
 
-    def _entry(self, captured: Capture, prepared: Prepared, plan: Plan) -> Entry[P]:
-        check_plan(captured, prepared, plan)
-        return Entry(prepared, plan, self.build(captured, prepared, plan))
+    def _entry(self, candidate: Candidate, plan: Plan) -> Entry[P]:
+        check_plan(candidate.captured, candidate.prepared, plan)
+        return Entry(candidate.prepared, plan, self.build(candidate.captured, candidate.prepared, plan))
 
-    def _ground(self, key: Hashable, source: Source, options: Options) -> _Ground:
-        ground = self._grounds.get((key, source.batch is None))
-        if ground is not None:  # captured for another budget
-            problem = ground.prepared.problem
-            budget = parse_budget(options.budget, ground.prepared.baseline_peak_bytes)
-            prepared = replace(ground.prepared, problem=problem.with_budget(budget))
-            return replace(ground, prepared=prepared)  # the list of schedules is shared
+    def _candidates(self, key: Hashable, source: Source, options: Options) -> Candidates:
+        key = (key, source.batch is None)
+        if key in self._grounds:  # captured for another budget
+            return at_budget(self._grounds[key], options)
         captured = source.captures()
-        self.device = self.device or Device.this(device_of(self.model, captured))
-        noises = (g.prepared.noise for g in self._grounds.values())
-        known = next((n for n in noises if n is not None), None)
-        run = options.device is None
-        prepared = prepare(captured, options, self.device, run=run, batch=source.batch, known=known)
-        self._grounds[key, source.batch is None] = _Ground(captured, prepared)
-        return self._grounds[key, source.batch is None]
+        self.device = self.device or Device.this(device_of(self.model, captured[0]))
+        noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
+        self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
+        return self._grounds[key]
 
 
 def state_key(model: nn.Module) -> Hashable:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphplan.device import Device, Sample, sample_key
-from graphplan.graph import Graph
+from graphplan.graph import Graph, target_text
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter
 
@@ -162,7 +162,7 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     inputs = tuple(t for _, t in out.inputs.values())
     sizes = {e.id: e.nbytes for e in instructions.encoded}
     written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
-    body = [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in _renamed(out.graph)]
+    body = [(n.op, target_text(n.target), str(n.args), str(n.kwargs)) for n in _renamed(out.graph)]
     shapes = [_described(v) for v in inputs]
     target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
     device = _device_of(graph)

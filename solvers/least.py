@@ -18,7 +18,7 @@ import numpy as np
 from solvers.again import lower_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.epochs import EpochModel
-from solvers.evaluate import exact, fates_of, keep_everything, profiles
+from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles
 from solvers.greedy import descend
 from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.ladder import Low, better, kick, low_of, lower, near
@@ -38,6 +38,7 @@ ROUNDS = 60
 EXACT_SIZE = 30_000  # units x positions above which CP-SAT needs minutes for what the rest finds
 EXACT_WORK = 0.2  # CP-SAT's deterministic seconds: about five times as many on the clock
 REMEMBERED = 4
+EVEN_NS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +81,39 @@ def least_peak(problem: Problem, limits: Limits | None = None) -> Solution:
 def find_least(problem: Problem, limits: Limits) -> Least:
     """Return the least peak found; remembered, because every infeasible or tight budget asks for it again.
 
-    What an earlier call in this process reached is never taken back: it is searched again only when the clock
-    had cut that search and there is more time now, and the better of both counts.
+    It is searched as if every op cost the same: measured costs vary from run to run, and a budget that one run names
+    must serve another. What an earlier call in this process reached is never taken back: it is searched
+    again only when the clock had cut that search and there is more time now, and the better of both counts.
     """
-    key = problem.with_budget(0), limits.seed
+    plain = even(problem)
+    key = plain.with_budget(0), limits.seed
     before = _known.pop(key, None)
     if before is None or before.seconds < limits.seconds:
         found = _find(key[0], limits)
         if problem.noise_limit_ppb:
-            found = _better_exact(problem, found, limits)
+            found = _better_exact(plain, found, limits)
         if before is not None and before.peak_bytes < found.peak_bytes:
             found = replace(before, seconds=found.seconds)
         before = found
     _known[key] = before
     while len(_known) > REMEMBERED:
         _known.popitem(last=False)
-    return before
+    return replace(before, single=_fates_under(problem, before.single))
+
+
+def even(problem: Problem) -> Problem:
+    """Return the problem with the same cost for every op."""
+    return replace(problem, ops=tuple(replace(op, cost_ns=EVEN_NS) for op in problem.ops))
+
+
+def _fates_under(problem: Problem, single: Low) -> Low:
+    """Return the plan with its fates as `problem`'s own units number them: costs choose among alternatives."""
+    units = build_units(problem)
+    fates = fates_of(units, single.schedule)
+    if fates is None:
+        same = [min(m, len(u.fates) - 1) for m, u in zip(single.fates, units.units, strict=True)]
+        return low_of(units, allowed(units, np.array(same, np.int16)), single.bound_bytes)
+    return replace(single, fates=tuple(int(m) for m in fates))
 
 
 def _find(problem: Problem, limits: Limits) -> Least:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import graphplan
 from graphplan import functions
@@ -70,10 +70,24 @@ class Embedded(nn.Module):
         return x + self.table(ids).sum(1)
 
 
+class Drifting(nn.Module):
+    """A clipped sum with a buffer that every step changes: the sum cannot run again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("drift", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(x + self.drift)
+        self.drift.add_(0.1)
+        return y
+
+
 CASES = {
     "relu": Case(F.relu, ("relu__mask", "threshold_backward__from_mask"), linear=True),
     "relu6": Case(F.relu6, ("addmm__mask", "hardtanh_backward__from_mask"), linear=True),
     "relu6 of images": Case(F.relu6, ("convolution__mask", "hardtanh_backward__from_mask")),
+    "relu6 of what runs once": Case(Drifting(), ("add__mask", "hardtanh_backward__from_mask"), linear=True),
     "hardtanh": Case(lambda x: F.hardtanh(x, -0.2, 0.3), ("addmm__mask", "hardtanh_backward__from_mask"), linear=True),
     "clamp": Case(lambda x: x.clamp(-0.5, 0.4), ("addmm__mask", "ge__from_mask", "le__from_mask"), linear=True),
     "clamp at one end": Case(lambda x: x.clamp_min(0.1), ("addmm__mask", "ge__from_mask"), linear=True),
@@ -129,11 +143,13 @@ def forced(instructions: Instructions, capture: Capture, only: str | None = None
 def gradients(captured: Capture, instructions: Instructions, steps: list[str], model: nn.Module, x: Tensor) -> Any:
     """Run one training step of the program and return its loss, its gradients and the input's."""
     step = Step.of(captured, rewrite(captured.graph, instructions, steps))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     model.zero_grad()
     x = x.detach().requires_grad_(True)
     torch.manual_seed(3)
     loss = step.run(model, [x]).sin().sum()
     loss.backward()
+    model.load_state_dict(before)
     return [loss.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
@@ -161,12 +177,21 @@ def test_gradients_are_those_of_the_plain_graph(name: str) -> None:
         assert only is not None or set(case.offers) & set(steps)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_zoo_models_with_every_codec_in_force(name: str) -> None:
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "channels_last": {"memory_format": torch.channels_last},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+IMAGES = [(name, form) for name in ("resnet18", "vgg16_bn", "unet", "mobilenet_v2") for form in list(FORMS)[1:]]
+
+
+@pytest.mark.parametrize(("name", "form"), [*((name, "plain") for name in MODELS), *IMAGES])
+def test_zoo_models_with_every_codec_in_force(name: str, form: str) -> None:
     """Outputs, gradients and buffers of a whole step, to the bit."""
     entry = MODELS[name]
-    model, example = entry.build_small(), entry.example_small()
-    captured = capture(model, example.inputs, {})
+    model, example = entry.build_small().to(**FORMS[form]), entry.example_small()
+    inputs = tree_map_only(Tensor, lambda x: x.to(**FORMS[form]), example.inputs)
+    captured = capture(model, inputs, {})
     instructions = instructions_of(captured.graph, choose_codecs("exact"))
     state = {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -175,13 +200,13 @@ def test_zoo_models_with_every_codec_in_force(name: str) -> None:
         model.zero_grad()
         torch.manual_seed(3)
         step = Step.of(captured, rewrite(captured.graph, instructions, steps))
-        outputs = step.run(model, [x for x in tree_leaves(example.inputs) if isinstance(x, Tensor)])
+        outputs = step.run(model, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)])
         entry.loss(outputs, example.targets).backward()
         buffers = [b.clone() for b in model.buffers()]
         return [*(t.detach() for t in tree_leaves(outputs)), *(p.grad for p in model.parameters()), *buffers]
 
     steps = forced(instructions, captured)
-    assert bool(instructions.encoded) == any(s.endswith(("__mask", "__shape", "__narrow")) for s in steps)
+    assert any(s.endswith(("__mask", "__shape", "__narrow")) for s in steps) == (name not in ("vit", "lstm"))
     assert equal(step_of([instructions.items[p].name for p in instructions.program]), step_of(steps))
 
 
@@ -205,7 +230,7 @@ def test_a_wrong_bit_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert not equal(plain, gradients(captured, instructions, steps, model, x)), codec
 
 
-@pytest.mark.parametrize("name", ["relu6 of images", "dropout"])
+@pytest.mark.parametrize("name", ["relu6 of what runs once", "dropout"])
 def test_a_tight_budget_brings_codecs(name: str) -> None:
     """The solver chooses them by itself; `verify` measures the peak and compares every bit with the plain graph."""
     case = CASES[name]
@@ -218,11 +243,11 @@ def test_a_tight_budget_brings_codecs(name: str) -> None:
         return nn.Sequential(*layers)
 
     x = torch.randn(512, 16) if case.linear else torch.randn(16, 3, 32, 32)
-    free = graphplan.optimize(deep(), "100%", (x,), time_limit=3)
-    without = graphplan.optimize(deep(), "100%", (x,), time_limit=3, codecs="none")
+    free = graphplan.optimize(deep(), "100%", (x,), time_limit=20)
+    without = graphplan.optimize(deep(), "100%", (x,), time_limit=20, codecs="none")
     assert free.plan.minimum_peak_bytes <= without.plan.minimum_peak_bytes
     model = deep()
-    planned = graphplan.optimize(model, free.plan.minimum_peak_bytes, (x,), time_limit=3)
+    planned = graphplan.optimize(model, free.plan.minimum_peak_bytes, (x,), time_limit=20)
     graphplan.verify(planned, model, (x,))
     assert {d.codec for d in planned.plan.decisions.values()} & set(CODECS), planned.plan
 
@@ -244,9 +269,9 @@ def test_what_an_upcast_widened_stays_narrow() -> None:
 
     torch.manual_seed(0)
     x, model = torch.randn(2048, 64), Mixed()
-    free = graphplan.optimize(model, "100%", (x,), time_limit=3).plan
+    free = graphplan.optimize(model, "100%", (x,), time_limit=20).plan
     budget = (3 * free.baseline_peak_bytes + 2 * free.minimum_peak_bytes) // 5
-    planned = graphplan.optimize(model, budget, (x,), time_limit=3)
+    planned = graphplan.optimize(model, budget, (x,), time_limit=20)
     graphplan.verify(planned, model, (x,))
     steps = planned.plan.steps
     again = {s for s in steps if steps.count(s) > 1}

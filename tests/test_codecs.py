@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,6 +39,14 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     if "bound_the_temporaries" not in request.node.name:
         monkeypatch.setattr(bits, "CHUNK", 32)
         monkeypatch.setattr(pool, "CHUNK", 32)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run what the functions do on a CPU, and what they do elsewhere."""
+    if request.param == "torch":
+        monkeypatch.setattr(bits, "by_numpy", lambda x: False)
+    return str(request.param)
 
 
 def laid_out(x: Tensor, random: Any) -> Tensor:
@@ -71,7 +79,8 @@ def like_of(x: Tensor) -> functions.Like:
     return x.dtype, tuple(x.shape), tuple(x.stride())
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.usefixtures("by")
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes, layouts)
 def test_bits_round_trip(shape: list[int], random: Any) -> None:
     mask = laid_out(torch.rand(shape) > 0.5, random)
@@ -122,7 +131,8 @@ def likes(results: Any) -> list[functions.Like | None]:
 
 
 @pytest.mark.parametrize("op", SIDED, ids=str)
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("by")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=shapes, dtype=st.sampled_from(FLOATS), random=layouts, data=st.data())
 def test_ops_on_sides(op: Any, shape: list[int], dtype: torch.dtype, random: Any, data: Any) -> None:
     """Equal to the bit to the op on the activation itself: NaN, infinities, signed zeros, other strides included."""
@@ -290,14 +300,15 @@ def test_every_reader_has_an_example() -> None:
     kernel=st.integers(1, 4),
     step=st.integers(1, 3),
     dilation=st.booleans(),
+    ceil=st.booleans(),
 )
-def test_pool_indices_round_trip(dims: int, random: Any, kernel: int, step: int, dilation: bool) -> None:
+def test_pool_indices_round_trip(dims: int, random: Any, kernel: int, step: int, dilation: bool, ceil: bool) -> None:
     apart = 2 if dilation else 1
     plane = tuple(random.randint((kernel - 1) * apart + 1, 11) for _ in range(dims))
     padding = random.randint(0, kernel // 2)
     x = SPECIAL[torch.tensor([random.randrange(18) for _ in range(6 * math.prod(plane))])].view(2, 3, *plane)
     op = aten.max_pool2d_with_indices if dims == 2 else aten.max_pool3d_with_indices
-    _, found = op(x, [kernel] * dims, [step] * dims, [padding] * dims, [apart] * dims)
+    _, found = op(x, [kernel] * dims, [step] * dims, [padding] * dims, [apart] * dims, ceil)
     found = laid_out(found, random)
     pooling = (plane, (kernel,) * dims, (step,) * dims, (padding,) * dims, (apart,) * dims)
     width = functions.pool_code_bits(pooling)

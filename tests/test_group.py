@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from graphplan import functions
 from graphplan.functions import group
+from graphplan.functions.compiled import compiled, has_compiler
 from graphplan.functions.group import GROUP, HALF
 from graphplan.meter import peak_of
 
@@ -24,9 +26,10 @@ shapes = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Let a few groups make several chunks, except where memory is measured."""
-    if "bound_the_temporaries" not in request.node.name:
+    """Let a few groups make several chunks, and leave the compiler out, except where it matters."""
+    if not {"test_both_halves_bound_the_temporaries", "test_compiled_kernels"} & {request.node.originalname}:
         monkeypatch.setattr(group, "CHUNK", 2 * GROUP)
+        monkeypatch.setattr(group, "compiled", lambda *args: None)
 
 
 def round_trip(x: Tensor, bits: int, key: int = 1, slot: int = 0) -> Tensor:
@@ -74,7 +77,8 @@ def test_errors_are_below_one_step(
         return
     a, b = (torch.as_strided(t, (t.numel(),), (1,)).double() for t in (x, back))
     step = steps_of(x, bits)
-    rounding = torch.finfo(dtype).eps * (a.abs() + 4 * step) + 1e-6 * a.abs().max() + 1e-37
+    subnormal = (2**bits if bits != HALF else 1) * torch.finfo(torch.float32).tiny  # a range of this is none
+    rounding = torch.finfo(dtype).eps * (a.abs() + 4 * step) + 1e-6 * a.abs().max() + subnormal
     assert ((a - b).abs() <= 1.001 * step + rounding).all()
 
 
@@ -142,15 +146,77 @@ def test_constant_groups_are_exact(bits: int) -> None:
         assert torch.equal(round_trip(x, bits), x)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_both_halves_bound_the_temporaries(bits: int) -> None:
+def test_both_halves_bound_the_temporaries(bits: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few chunks as they are, less than one of a compiled kernel's larger ones."""
     x = torch.randn(1 << 22)
-    chunk = functions.CHUNK * 4
+    if fast:
+        functions.warm_up(bits, x.dtype, x.device)
+    else:
+        monkeypatch.setattr(group, "compiled", lambda *args: None)
+    limit = 4 * group.FAST_BLOCKS[0] if fast else 12 * 4 * functions.CHUNK
     for peak_bytes, kept in (
         (peak_of(lambda: ops.quantise(x, bits, 1, 1), x.device).peak_bytes, functions.quantised_bytes(x.numel(), bits)),
         (_decoding(x, bits), x.numel() * 4),
     ):
-        assert peak_bytes - kept <= 12 * chunk < x.numel() * 4
+        assert peak_bytes - kept <= limit < x.numel() * 4
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's codes are those of the kernels themselves, to the bit; a wrong compiler is not believed."""
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("no compiler")
+    large, chunk = group.FAST_BLOCKS[0], functions.CHUNK
+    sizes = (3 * chunk + 1001, chunk + 1, *range(large - 1, large + 2), 2 * large, 2 * large + chunk, 3 * large + 7)
+    dtypes = [torch.float32] * len(sizes) + ([torch.bfloat16] if bits != HALF else [])
+    for size, dtype in zip((*sizes, sizes[0]), dtypes, strict=False):
+        x = (torch.randn(size) * 3 + 1).to(dtype)
+        x[7] = math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code = ops.quantise(x, bits, 3, 4)
+            back = ops.dequantise(code, bits, x.shape, x.stride(), dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(group, "compiled", lambda *args: None)
+            assert torch.equal(code, ops.quantise(x, bits, 3, 4))
+            again = ops.dequantise(code, bits, x.shape, x.stride(), dtype)
+        assert torch.equal(back.view(torch.int16), again.view(torch.int16))
+
+
+def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32, 1 << 14)
+
+    def wrong(made: Any, **options: Any) -> Any:
+        def run(x: Tensor, seed: Tensor, codes: Tensor) -> Any:
+            found = made(x, seed, codes)
+            codes[0, 0] ^= 1
+            return found
+
+        return run
+
+    def broken(made: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise RuntimeError("no such instruction")
+
+        return run
+
+    for compiler, words in ((wrong, "differ"), (broken, "no such instruction")):
+        monkeypatch.setattr(torch, "compile", compiler)
+        with pytest.warns(RuntimeWarning, match=words):
+            assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is None
+    monkeypatch.setattr(torch, "compile", lambda made, **options: made)
+    fast = compiled.__wrapped__(kernel, trial, torch.device("cpu"))
+    x, seed, codes = trial(torch.device("cpu"))
+    least, _ = kernel(x, seed, codes)
+    fast.run = broken(None)  # later, in the middle of a step
+    again = torch.zeros_like(codes)
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        found, _ = fast(x, seed, again)
+    assert torch.equal(found.nan_to_num(), least.nan_to_num())
+    assert torch.equal(again, codes)
+    assert fast.run is kernel
 
 
 def _decoding(x: Tensor, bits: int) -> int:

@@ -73,4 +73,4 @@ def test_every_choice_of_codecs_is_exact(codecs: str | tuple[str, ...]) -> None:
     planned = free.at_budget(free.plan.minimum_peak_bytes)
     graphplan.verify(planned, model, example.inputs, **loss)
     used = {d.codec for d in planned.plan.decisions.values() if d.codec}
-    assert used <= set(planned.plan.codecs)
+    assert used <= set(planned.plan.codecs)  # that they are used is tested where nothing else would do

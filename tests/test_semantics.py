@@ -380,3 +380,14 @@ def test_one_tensor_is_one_argument() -> None:
     graphplan.verify(planned, model, x)
     assert graphplan.measure(model, x, runs=1).peak_bytes > 0
     assert graphplan.pareto(model, x, points=1, time_limit=2)
+
+
+def test_a_module_under_two_names() -> None:
+    """Its buffers change twice a step, and stay the model's own tensors."""
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 4), norm)
+    x = torch.randn(8, 4)
+    plain, planned = both(model, "100%", lambda net: net(x).pow(3).sum())
+    assert all(type(b) is Tensor for b in planned._model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), planned._model.buffers(), strict=True))
+    assert all(torch.allclose(a.grad, b.grad) for a, b in zip(plain.parameters(), planned.parameters(), strict=True))

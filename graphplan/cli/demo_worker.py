@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphplan.cap import Cap, start_threads
+from graphplan.choices import plan_model
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
 from graphplan.measure import measure, resident_bytes
-from graphplan.optimize import Source, make_options, plan_model
+from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
 

@@ -11,13 +11,14 @@ import typer
 from torch import nn
 
 import solvers
+from graphplan.choices import candidates_of, first_that_fits, plan_model
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve, zoo
 from graphplan.cli.optimizers import StepName, check_step, loss_of, optimizer_of
 from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import Options, Source, make_options, plan_model, prepare_model
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
 from graphplan.step import TrainStep
@@ -210,7 +211,8 @@ def compare(named: Named, options: Options, step: str | None = None) -> tuple[Pr
     Raises:
         InfeasibleBudget: no solver found a plan.
     """
-    prepared = prepare_model(named.module, source_of(named, step, options), options)
+    candidates = candidates_of(named.module, source_of(named, step, options), options)
+    prepared = first_that_fits(candidates, options).prepared
     limits = Limits(seconds=options.time_limit)
     rows: list[Row] = []
     for name in solvers.SOLVERS:

@@ -73,6 +73,12 @@ class Lossy:
             made.extend(self._decode_and_run(graph, op, node, storage, code) for op in wanting)
         return encoded, made
 
+    def warm_up(self, graph: Graph) -> None:
+        """Compile before anything is measured."""
+        vals = [node.meta["val"] for node, _ in saved_nodes(graph) if self._shrinks(node)]
+        for dtype, device in {(v.dtype, v.device) for v in vals if v.numel() > functions.CHUNK}:
+            functions.warm_up(self.bits, dtype, device)
+
     def mean_square_error(self, x: torch.Tensor) -> float:
         """Return the mean square of what encoding x and decoding it changes."""
         code = functions.quantise(x, self.bits, 0, 0)

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import solvers
-from graphplan.capture import Capture
+from graphplan.choices import Candidate, frontier, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError
 from graphplan.federated.config import RunConfig
 from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
 from graphplan.federated.task import Task, task_loss, task_options
 from graphplan.lift import Prepared, lift
-from graphplan.optimize import Source, prepare
-from graphplan.pareto import along
+from graphplan.optimize import Source
 from graphplan.plan import Plan
 from graphplan.program import write_program
 from graphplan.step import TrainStep
@@ -54,7 +53,7 @@ class Planner:
     cache: FrontierCache = field(init=False)
     profiled: Device | None = None  # what was planned for last
     texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
-    grounds: dict[str, tuple[Capture, Prepared]] = field(default_factory=dict)  # what each class was planned for
+    grounds: dict[str, Candidate] = field(default_factory=dict)  # what each class was planned on
 
     def __post_init__(self) -> None:
         """Start with an empty cache."""
@@ -87,14 +86,15 @@ class Planner:
         """Return the plan, or the program that runs it, as JSON."""
         if not self.config.program:
             return plan.to_json()
-        captured, prepared = self.grounds[device_class]
-        program = WholeProgram.of(captured, prepared, plan)
+        ground = self.grounds[device_class]
+        program = WholeProgram.of(ground.captured, ground.prepared, plan)
         return write_program(self.task.model, program, plan, list(self.task.example))
 
     def _make(self, key: Hashable) -> Frontier:
         device_class = key[0] if isinstance(key, tuple) else ""
         execution, (images, labels) = self.execution, self.task.example
-        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit)
+        given = self.devices.get(device_class)
+        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit, given)
         model = self.task.fresh()
         if self.config.whole and execution.planned:
             optimizer = torch.optim.SGD(model.parameters(), self.config.learning_rate)
@@ -102,16 +102,21 @@ class Planner:
             options, source = step.options, step.source(images, labels)
         else:
             source = Source.of(model, (images,), {}, options)
-        here = device_class not in self.devices
-        device = self.devices.get(device_class) or Device.this(images.device)
-        captured = source.captures()
-        prepared = prepare(captured, options, device, run=here, batch=source.batch)
-        self.profiled, self.grounds[device_class] = device, (captured, prepared)
+        device = given or Device.this(images.device)
+        # The first form alone: the others, where a step has any, change the last bits of its numbers.
+        captured = source.captures()[:1]
+        (candidate,) = prepare_candidates(captured, options, device, source)
+        if device_class == "" and not candidate.prepared.profile.measured:
+            # Simulated clients are this machine: what a saved profile lacks is measured, not guessed.
+            (candidate,) = prepare_candidates(captured, replace(options, device=None), device, source)
+        self.profiled, self.grounds[device_class] = device, candidate
+        prepared = candidate.prepared
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
-        points = min(MOST_POINTS, self.config.points)
-        return Frontier(along(prepared if execution.recompute else _once(prepared), options, points))
+        if not execution.recompute:
+            candidate = replace(candidate, prepared=_once(prepared))
+        return Frontier(frontier((candidate,), options, min(MOST_POINTS, self.config.points)))
 
 
 def _once(prepared: Prepared) -> Prepared:

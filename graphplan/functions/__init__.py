@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
 from graphplan.functions.derived import from_shape, from_sides
-from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes
+from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
 from graphplan.functions.register import registered
 from graphplan.functions.stand_in import SIDES, Like, pack_sides
@@ -38,6 +38,7 @@ __all__ = [
     "quantised_bytes",
     "unpack_bits",
     "unpack_pool_indices",
+    "warm_up",
     "widen_integers",
 ]
 

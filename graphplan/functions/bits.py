@@ -15,6 +15,11 @@ from graphplan.functions.register import registered
 CHUNK = 1 << 18  # elements worked on at a time: a multiple of 8
 
 
+def by_numpy(x: Tensor) -> bool:
+    """Return whether numpy can work on the memory of `x`; else plain torch does the same."""
+    return x.device.type == "cpu"
+
+
 def packed_bytes(numel: int) -> int:
     """Return the bytes of `numel` packed bits."""
     return (numel + 7) // 8
@@ -31,7 +36,7 @@ def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> T
     flat = in_storage_order(mask)
     for piece, chunk in pieces(mask.numel()):
         numel = chunk.stop - chunk.start
-        if packed.device.type == "cpu":
+        if by_numpy(packed):
             bits = np.unpackbits(packed[piece].numpy(), count=numel, bitorder="little")
             flat[chunk].numpy()[...] = bits.view(np.bool_)
         else:

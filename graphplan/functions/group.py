@@ -3,7 +3,8 @@
 Rounding is stochastic: up with the probability that makes the decoded value right on average. The noise is a hash of
 (key, slot, element), so that the same step gives the same code, and no random stream is touched. The quantiser is
 ActNN's (Chen et al. 2021) but for exact ends: codes are clamped on both sides, a short last group repeats its last
-element, a group with a NaN, an infinity or a range beyond float32 decodes to NaN.
+element, a group with a NaN, an infinity or a range beyond float32 decodes to NaN, one whose steps would be subnormal
+to its minimum.
 
 Bytes: every group has 256 * bits / 8 of codes, then come all minima and all steps in float32. In a byte stand elements
 j, j + 256 / k, j + 512 / k, ... of a group, k = 8 / bits, so that packing reads and writes whole vectors.
@@ -11,17 +12,23 @@ j, j + 256 / k, j + 512 / k, ... of a group, k = 8 / bits, so that packing reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, in_storage_order
+from graphplan.functions.compiled import Kernel, Trial, compiled
 from graphplan.functions.register import registered
 
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
+FAST_BLOCKS = (4 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
+GOLDEN = 0x9E3779B1
+FRACTION = 1 << 16
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -50,18 +57,17 @@ def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 @registered("(Tensor x, int bits, int key, int slot) -> Tensor", _packed_like)
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
-    packed = torch.empty(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
-    flat, words = in_storage_order(x), packed.view(torch.bfloat16) if bits == HALF else packed
-    for start in range(0, x.numel(), CHUNK):
-        stop = min(start + CHUNK, x.numel())
-        seed = torch.tensor(_word(mix(key, slot, start)), dtype=torch.int32, device=x.device)
-        chunk = flat[start:stop].float()
+    packed, seed = _packed_like(x, bits, key, slot), mix(key, slot)
+    flat, numel = in_storage_order(x), x.numel()
+    for start, stop, kernel in _stretches(numel, "encode", bits, x):
+        # Position i of a stretch is element start + i: the hash multiplies both alike.
+        at = torch.tensor(_word(seed + start * GOLDEN), dtype=torch.int32, device=x.device)
         if bits == HALF:
-            words[start:stop] = _round_half(chunk, seed)
+            kernel(flat[start:stop], at, packed.view(torch.bfloat16)[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        codes, low, step = _parts(packed, x.numel(), bits)
-        codes[rows], low[rows], step[rows] = _encode(_whole_groups(chunk), seed, bits)
+        codes, low, step = _parts(packed, numel, bits)
+        low[rows], step[rows] = kernel(_whole_groups(flat[start:stop]), at, codes[rows])
     return packed
 
 
@@ -72,21 +78,70 @@ def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Seque
 @registered("(Tensor packed, int bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor", _unpacked_like)
 def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return what `quantise` packed, of this size, stride and dtype."""
-    x = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device=packed.device)
+    x = _unpacked_like(packed, bits, size, stride, dtype)
     flat, numel = in_storage_order(x), x.numel()
     if bits == HALF:
-        return _copied(x, flat, packed.view(torch.bfloat16))
-    codes, low, step = _parts(packed, numel, bits)
-    for start in range(0, numel, CHUNK):
-        stop = min(start + CHUNK, numel)
-        rows = slice(start // GROUP, -(-stop // GROUP))
-        flat[start:stop] = _decode(codes[rows], low[rows], step[rows], bits).view(-1)[: stop - start]
+        flat.copy_(packed.view(torch.bfloat16))
+        return x
+    for start, stop, kernel in _stretches(numel, "decode", bits, x):
+        rows, whole = slice(start // GROUP, -(-stop // GROUP)), (stop - start) % GROUP == 0
+        out = flat[start:stop] if whole else flat.new_empty((rows.stop - rows.start) * GROUP)
+        kernel(*(part[rows] for part in _parts(packed, numel, bits)), out.view(-1, GROUP))
+        if not whole:
+            flat[start:stop] = out[: stop - start]
     return x
 
 
-def _copied(x: Tensor, flat: Tensor, values: Tensor) -> Tensor:
-    flat.copy_(values)
-    return x
+def _stretches(numel: int, half: str, bits: int, x: Tensor) -> Iterator[tuple[int, int, Kernel]]:
+    """Cut a tensor into what one call of a kernel works on: chunks, or with a compiler blocks of its sizes first.
+
+    A compiled kernel keeps less beside its results. For a tensor of one chunk, compiling one does not pay.
+    """
+    kernel, start = _kernel(half, bits), 0
+    for block in FAST_BLOCKS if numel > CHUNK else ():
+        fast = compiled(kernel, _trial(half, bits, x.dtype, block), x.device)
+        while fast is not None and start + block <= numel:
+            yield start, start + block, fast
+            start += block
+    for begin in range(start, numel, CHUNK):
+        yield begin, min(begin + CHUNK, numel), kernel
+
+
+@cache
+def _kernel(half: str, bits: int) -> Kernel:
+    if bits == HALF:
+        return _round_half
+    kernel: Kernel = _encode if half == "encode" else _decode
+    return lambda *args: kernel(*args, bits)
+
+
+@cache
+def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
+    """Return arguments to compare compiled kernels on: ordinary groups, wide, constant and tiny ones, and a NaN."""
+    groups = block // GROUP
+
+    def arguments(device: torch.device) -> tuple[Tensor, ...]:
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(groups, GROUP, generator=random) * torch.logspace(-44, 37, groups)[:, None]
+        x[3], x[4, 7], x[5, 9] = 1.5, math.nan, math.inf
+        x = x.to(dtype).to(device)
+        seed = torch.tensor(12345, dtype=torch.int32, device=device)
+        if bits == HALF:
+            return x.view(-1), seed, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
+        parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
+        if half == "encode":
+            return x, seed, parts[0]
+        low, step = _encode(x, seed, parts[0], bits)
+        return parts[0], low, step, torch.empty_like(x)
+
+    return arguments
+
+
+def warm_up(bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `quantise` and `dequantise` of large tensors run, where a compiler stands."""
+    for half in ("encode", "decode") if bits != HALF else ("encode",):
+        for block in FAST_BLOCKS:
+            compiled(_kernel(half, bits), _trial(half, bits, dtype, block), device)
 
 
 def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,54 +158,48 @@ def _whole_groups(chunk: Tensor) -> Tensor:
     return chunk.view(-1, GROUP)
 
 
-def _encode(x: Tensor, seed: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, minima and steps of the groups x, float32 (groups, GROUP)."""
+def _encode(x: Tensor, seed: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Write the codes of the groups x (groups, GROUP); return their minima and steps."""
     levels, each = (1 << bits) - 1, 8 // bits
-    low, high = x.aminmax(dim=1)
-    step = (high - low) / levels
-    finite = step.isfinite()
-    step = torch.where(finite, torch.where(step < _SMALLEST, 0.0, step), torch.nan)
-    rate = torch.where(step > 0, 1 / step, 0.0)
-    at = (x - low[:, None]) * rate[:, None] + _uniform(x.shape, seed)
-    # A NaN becomes some integer, which is clamped like the others: its group's step says what it is.
-    codes = at.int().clamp(0, levels)  # at >= 0: truncation is floor
+    x = x.float()
+    least, most = x.aminmax(dim=1)
+    width = (most - least) / levels
+    finite = width.isfinite()
+    least = torch.where(finite, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
+    width = torch.where(finite, torch.where(width < _SMALLEST, 0.0, width), torch.nan)
+    rate = torch.where(width > 0, 1.0 / width, 0.0)
+    # Fixed point: the fraction of a step, plus as many random bits, carries with the fraction's probability.
+    at = ((x - least[:, None]) * rate[:, None] * FRACTION).int() + ((_hash(x.shape, seed) >> 16) & (FRACTION - 1))
+    # In a group with a NaN anything may stand: its step says what it is.
+    code = (at >> 16).clamp_max(levels)
     if each > 1:
-        parts = codes.view(-1, each, GROUP // each)
-        codes = parts[:, 0]
+        parts = code.view(-1, each, GROUP // each)
+        code = parts[:, 0]
         for i in range(1, each):
-            codes = codes | (parts[:, i] << (bits * i))
-    return codes.to(torch.uint8), low, step
+            code = code | (parts[:, i] << (bits * i))
+    codes.copy_(code)
+    return least, width
 
 
-def _decode(codes: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Return the groups, float32 (groups, GROUP)."""
-    if bits == 8:
-        return codes * step[:, None] + low[:, None]
+def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
+    """Write the groups out (groups, GROUP)."""
     mask = (1 << bits) - 1
     parts = torch.stack([(codes >> (bits * i)) & mask for i in range(8 // bits)], dim=1)
-    return parts.view(-1, GROUP) * step[:, None] + low[:, None]
+    out.copy_(parts.view(-1, GROUP) * step[:, None] + low[:, None])
 
 
-def _round_half(x: Tensor, seed: Tensor) -> Tensor:
-    """Return float32 x rounded up or down to bfloat16: noise is added below its last bit, and cut off."""
-    below = (_hash(x.shape, seed) >> 8) & 0xFFFF
-    words = (x.view(torch.int32) + below) & ~0xFFFF
+def _round_half(x: Tensor, seed: Tensor, out: Tensor) -> None:
+    """Write x (n,) rounded up or down to bfloat16: noise is added below its last bit, and cut off."""
+    x = x.float()
+    words = (x.view(torch.int32) + ((_hash(x.shape, seed) >> 16) & 0xFFFF)) & ~0xFFFF
     rounded = words.view(torch.float32)
     # Beyond the largest number the nearest; NaN and infinity as they are.
-    return torch.where(rounded.isfinite(), rounded, x).bfloat16()
-
-
-def _uniform(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Return multiples of 2^-24 in [0, 1), float32."""
-    return ((_hash(shape, seed) >> 8) & 0xFFFFFF).float() * 2.0**-24
+    out.copy_(torch.where(rounded.isfinite(), rounded, x))
 
 
 def _hash(shape: Sequence[int], seed: Tensor) -> Tensor:
     """Return 32 mixed bits of (seed, position), int32. Shifts are arithmetic: what they bring in is masked off."""
-    numel = 1
-    for n in shape:
-        numel *= n
-    h = torch.arange(numel, dtype=torch.int32, device=seed.device).view(*shape) * _word(0x9E3779B1) + seed
+    h = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(*shape) * _word(GOLDEN) + seed
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _word(0x2C1B3C6D)
     h = h ^ ((h >> 12) & 0xFFFFF)

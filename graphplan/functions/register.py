@@ -7,6 +7,7 @@ functions of their own; `derived` for a form of an ATen op, whose schema follows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch
 Function = Callable[..., Any]
 NAMESPACE = "graphplan"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_DERIVED: dict[str, torch._ops.OpOverload] = {}
+_LOCK = Lock()  # a name can be defined once in a process
 
 
 def registered(schema: str, fake: Function) -> Callable[[Function], torch._ops.OpOverload]:
@@ -38,13 +41,10 @@ def derived(
 ) -> torch._ops.OpOverload:
     """Return the op like `of` that takes the arguments `instead` in place of argument `argument`, before the others.
 
-    With `over` it writes its one result over that argument (which may also stand first). Made once for each name.
+    With `over` it writes its one result over that argument. Made once for each name.
     """
     own = of._schema.arguments
     packet, overload = name_of(of, own[argument].name, suffix), "default" if over is None else f"over_{own[over].name}"
-    known = getattr(torch.ops.graphplan, packet, None)
-    if known is not None and overload in known.overloads():
-        return getattr(known, overload)  # type: ignore[no-any-return]
     texts = [_text("f", [a], []).removeprefix("f(").removesuffix(") -> ()") for a in own]
     returns = _text("f", [], of._schema.returns).split(" -> ")[1]
     if over is not None:
@@ -52,10 +52,13 @@ def derived(
         returns = "Tensor(a!)"
     others = [t for i, t in enumerate(texts) if i != argument]
     name = packet if over is None else f"{packet}.{overload}"
-    _LIBRARY.define(f"{name}({', '.join([instead, *others])}) -> {returns}")
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops.graphplan, packet), overload)  # type: ignore[no-any-return]
+    with _LOCK:
+        if name not in _DERIVED:
+            _LIBRARY.define(f"{name}({', '.join([instead, *others])}) -> {returns}")
+            _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+            _DERIVED[name] = getattr(getattr(torch.ops.graphplan, packet), overload)
+    return _DERIVED[name]
 
 
 def name_of(of: torch._ops.OpOverload, argument: str, suffix: str) -> str:

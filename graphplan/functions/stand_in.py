@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphplan.functions import bits
 from graphplan.functions.bits import in_storage_order, packed_bytes, pieces, spread_bits, write_bits
 from graphplan.functions.register import registered
 
@@ -106,7 +107,7 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
 
 def _comparable(chunk: Tensor) -> Tensor | NDArray[Any]:
     """Return a chunk in the arithmetic that kernels compare in, float32 for halves; a numpy array on CPU."""
-    if chunk.device.type != "cpu":
+    if not bits.by_numpy(chunk):
         return chunk.float() if chunk.dtype in (torch.float16, torch.bfloat16) else chunk
     if chunk.dtype is torch.bfloat16:  # numpy has none: it is the upper half of a float32
         wide = chunk.view(torch.int16).numpy().astype(np.int32)
@@ -187,7 +188,7 @@ class _StandIn:
     def __init__(self, values: Values, dtype: torch.dtype, packed: Tensor) -> None:
         self.packed, self.dtype = packed, dtype
         self.pair = torch.tensor(values, dtype=dtype, device=packed.device)
-        self.rows = _rows(_bits_of(values, dtype), dtype) if packed.device.type == "cpu" else None
+        self.rows = _rows(_bits_of(values, dtype), dtype) if bits.by_numpy(packed) else None
 
     def chunk(self, piece: slice, numel: int) -> Tensor:
         if self.rows is None:

@@ -77,10 +77,10 @@ class _Found:
     gradients: tuple[fx.Node | None, fx.Node | None, fx.Node | None]  # of hidden, weight, bias
 
 
-def chunk_loss(graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> bool:
-    """Replace every linear layer under a cross-entropy by its chunked form; return whether there was one."""
+def chunk_loss(graph: fx.Graph, interface: Interface, backward: set[fx.Node], *, only_look: bool = False) -> bool:
+    """Replace every linear layer under a cross-entropy by its chunked form; return whether there is one."""
     found = [f for n in graph.nodes if n.target is aten.nll_loss_forward.default and (f := _match(n))]
-    for match in found:
+    for match in () if only_look else found:
         _replace(graph, interface, backward, match)
     return bool(found)
 
@@ -141,7 +141,10 @@ def _replace(graph: fx.Graph, interface: Interface, backward: set[fx.Node], matc
         new = graph.call_function(linear_cross_entropy, args)
         vals = [None if n is None else torch.empty_like(n.meta["val"]) for n in (match.loss, *match.gradients)]
         new.meta["val"] = tuple(vals)
-        new.meta["graphplan_chunks"] = True
+        logits = match.forward.args[0].meta["val"]  # type: ignore[union-attr]
+        # Whole, two tensors of the logits' size are alive at once; in chunks, two of a chunk's.
+        saved = 2 * logits.numel() * logits.element_size() * (CHUNKS - 1) // CHUNKS
+        new.meta["graphplan_saves"] = ("computing the loss in chunks of rows", saved)
         items = [new if v is None else graph.call_function(operator.getitem, (new, i)) for i, v in enumerate(vals)]
     for item, val in zip(items, vals, strict=True):
         item.meta.setdefault("val", val)

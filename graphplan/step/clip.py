@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 
 from graphplan.errors import GraphplanError
 from graphplan.interface import Interface
@@ -35,6 +37,11 @@ class Clip:
             raise GraphplanError("give clip_value or clip_norm, not both")
         return Clip(value, norm)
 
+    @property
+    def on(self) -> bool:
+        """Whether gradients are clipped at all."""
+        return self.value is not None or self.norm is not None
+
     def apply(self, parameters: Iterable[Tensor]) -> None:
         """Clip the gradients of `parameters` in place, as a plain loop does."""
         if self.value is not None:
@@ -44,26 +51,55 @@ class Clip:
 
 
 def clip_gradients(
-    graph: fx.Graph, interface: Interface, updated: list[int], backward: set[fx.Node], clip: Clip
-) -> dict[int, fx.Node]:
-    """Put the clipped gradients of the primals `updated` in place of the gradients; return them by primal.
+    graph: fx.Graph,
+    interface: Interface,
+    updated: list[int],
+    backward: set[fx.Node],
+    clip: Clip,
+    two_pass: bool = False,
+) -> None:
+    """Put the clipped gradients of the primals `updated` in place of the gradients.
 
-    By value, each gradient is clipped where it is final. By norm, all of them wait for the last one's norm.
+    By value, each gradient is clipped where it is final. By norm, all of them wait for the last one's norm; with
+    `two_pass` a backward before this one finds the norms, and each gradient is dropped at once, twice.
     """
     grads = {i: g for i in updated if (g := interface.gradients[i]) is not None}
     if clip.value is not None:
         for i, grad in grads.items():
             grads[i] = _after(graph, grad, aten.clamp.default, (grad, -clip.value, clip.value), backward)
     elif clip.norm is not None and grads:
-        norms = [_after(graph, g, aten.linalg_vector_norm.default, (g,), backward) for g in grads.values()]
+        measured = _repeat(graph, list(grads.values()), backward) if two_pass else list(grads.values())
+        norms = [_after(graph, g, aten.linalg_vector_norm.default, (g,), backward) for g in measured]
         order = {n: t for t, n in enumerate(graph.nodes)}
         place = max(norms, key=order.__getitem__)
         factor = _after(graph, place, clip_factor, (norms, clip.norm), backward)
         for i, grad in grads.items():
-            grads[i] = _after(graph, factor, aten.mul.Tensor, (grad, factor), backward)
+            grads[i] = _after(graph, grad if two_pass else factor, aten.mul.Tensor, (grad, factor), backward)
     for i, grad in grads.items():
         interface.gradients[i] = grad
-    return grads
+
+
+def _repeat(graph: fx.Graph, results: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
+    """Copy what the backward does for `results` in front of it; return the copies of `results`."""
+    needed: set[fx.Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node in backward and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    originals = [n for n in graph.nodes if n in needed]
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(next(n for n in graph.nodes if n in backward)):
+        for node in originals:
+            new = graph.node_copy(node, lambda n: copies.get(n, n))
+            new._rename(f"{node.name}__norm")
+            args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
+            with detect_fake_mode(node.meta["val"]) or contextlib.nullcontext():
+                new.meta["val"] = new.target(*args, **kwargs)  # type: ignore[operator]  # own storages, same views
+            copies[node] = new
+    backward.update(copies.values())
+    return [copies[n] for n in results]
 
 
 def clip_factor(norms: list[Tensor], bound: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from graphplan.interface import Interface, resolve
 from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
-from graphplan.step.slicing import slice_backward
+from graphplan.step.slicing import product_of, slice_backward
+from graphplan.step.updates import PIECE
 
 aten = torch.ops.aten
 
@@ -28,13 +29,14 @@ class Extension:
     kept: frozenset[int]  # ids of the parameters whose gradients the step returns
     clip: Clip
     exact: bool = True  # only rewrites that keep every bit
+    two_pass: bool = False  # of the backward, where a norm clips
+    chances: list[bool] = field(default_factory=list)  # for each call: whether other rewrites could save memory, or did
 
     def __call__(self, graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
         """Give the loss's gradient its value, drop gradients that nobody wants, add the updates."""
         _start_backward(graph, interface, backward)
-        if not self.exact:
-            chunk_loss(graph, interface, backward)
-        slice_backward(graph, backward, self.exact)
+        inexact = chunk_loss(graph, interface, backward, only_look=self.exact)
+        inexact = slice_backward(graph, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):
             param = resolve(self.model, primal.path) if primal.kind is StorageKind.PARAMETER else None
@@ -44,15 +46,17 @@ class Extension:
             elif param is None or id(param) not in self.kept:
                 interface.gradients[i] = None
         places = _last_uses(graph, backward)
-        clipped = clip_gradients(graph, interface, [i for i, _ in updated], backward, self.clip)
+        clip_gradients(graph, interface, [i for i, _ in updated], backward, self.clip, self.two_pass)
         groups = self._add_settings(graph, interface)
         order = {n: t for t, n in enumerate(graph.nodes)}
         for i, group in updated:
             ready = (interface.gradients[i], places.get(interface.primals[i][1]))
             place = max((n for n in ready if n is not None), key=order.__getitem__)
-            backward.add(self._add_update(graph, interface, i, group, groups[group], place))
-            param = resolve(self.model, interface.primals[i][0].path)
-            interface.gradients[i] = clipped[i] if id(param) in self.kept else None
+            node, product = self._add_update(graph, interface, i, group, groups[group], place)
+            backward.add(node)
+            inexact = inexact or product
+        _settle(graph, backward)
+        self.chances.append(inexact)
 
     def _add_settings(self, graph: fx.Graph, interface: Interface) -> list[fx.Node]:
         nodes = []
@@ -69,18 +73,43 @@ class Extension:
         group: int,
         settings: fx.Node,
         place: fx.Node,
-    ) -> fx.Node:
+    ) -> tuple[fx.Node, bool]:
+        """Add one update; return it, and whether its gradient is (or could be) a product computed in pieces."""
         primal, param = interface.primals[index]
         grad = interface.gradients[index]
         assert grad is not None
         like = self.slots.state_like(param.meta["val"], group)
         name = f"s_{param.name.removeprefix('p_')}"
         state = _add_input(graph, interface, Primal(StorageKind.STATE, primal.path), name, like)
+        kept = id(resolve(self.model, primal.path)) in self.kept
+        interface.gradients[index] = grad if kept else None
+        product = None if kept or self.clip.on else product_of(grad, param.meta["val"])
+        update, args = self.slots.rule.update, (param, grad, state, settings)
         with graph.inserting_after(place):
-            node = graph.call_function(self.slots.rule.update, (param, grad, state, settings))
+            if product is None or self.exact:
+                node = graph.call_function(update, args)
+            else:
+                node = graph.call_function(self.slots.rule.of_product, (param, *product, state, settings))
+                value = param.meta["val"]
+                whole = max(0, value.numel() - PIECE) * value.element_size()
+                node.meta["graphplan_saves"] = ("gradients that never exist whole", whole)
         node._rename(f"update_{param.name.removeprefix('p_')}")
         node.meta.update(val=None, graphplan_in_place=True, graphplan_update=True)
-        return node
+        return node, product is not None
+
+
+def _settle(graph: fx.Graph, backward: set[fx.Node]) -> None:
+    """Move every update behind what still uses its parameter: other updates read activations, too."""
+    updates = [n for n in graph.nodes if "graphplan_update" in n.meta]
+    moved = True
+    while moved:
+        moved = False
+        last, order = _last_uses(graph, backward), {n: t for t, n in enumerate(graph.nodes)}
+        for node in updates:
+            use = last[node.all_input_nodes[0]]
+            if order[use] > order[node] and not moved:
+                use.append(node)
+                moved = True
 
 
 def _start_backward(graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:

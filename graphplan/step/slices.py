@@ -1,7 +1,8 @@
 """Backward ops that work in slices: the same kernels on parts of their operands, in a fraction of the memory.
 
 Where parts are independent (channels of a BatchNorm, images of a convolution's input gradient), the bits are those of
-the whole. A sum over slices rounds differently; such functions say so.
+the whole as long as torch takes the same kernel for a part, which on CPU `_images` sees to. A sum over slices rounds
+differently; such functions say so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 SLICE_BYTES = 1 << 20  # of one operand: fits a cache
+# ATen/native/Convolution.cpp, use_mkldnn: one image of no more elements goes to another kernel than several do
+LONE_IMAGE = 20480
 
 
 def batch_norm_backward_(
@@ -45,7 +48,7 @@ def convolution_input_gradient(grad: Tensor, size: Sequence[int], weight: Tensor
     `options` are that op's arguments from `bias_sizes` to `groups`.
     """
     out = grad.new_empty(tuple(size))
-    for s in _slices(size[0], max(t.numel() * t.element_size() for t in (grad, out))):
+    for s in _images(grad, out):
         # Of the input only the geometry counts, which its own gradient shares.
         part = aten.convolution_backward.default(grad[s], out[s], weight, *options, [True, False, False])
         out[s] = part[0]
@@ -58,7 +61,7 @@ def convolution_weight_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return convolution_backward's gradients for weight and bias (`mask`), summed image by image: other rounding."""
     total: list[Tensor | None] = [None, None]
-    for s in _slices(x.shape[0], max(t.numel() * t.element_size() for t in (grad, x))):
+    for s in _images(grad, x):
         part = aten.convolution_backward.default(grad[s], x[s], weight, *options, [False, *mask])
         for i, new in enumerate(part[1:]):
             if mask[i]:
@@ -67,8 +70,14 @@ def convolution_weight_gradient(
     return total[0], total[1]
 
 
-def _slices(count: int, nbytes: int) -> Iterator[slice]:
-    """Cut `count` parts of `nbytes` together into slices of about SLICE_BYTES."""
-    step = max(1, SLICE_BYTES * count // max(1, nbytes))
-    for start in range(0, count, step):
-        yield slice(start, start + step)
+def _images(grad: Tensor, x: Tensor) -> Iterator[slice]:
+    """Cut a batch (N, C, ...) into slices of images for which torch takes the kernel that it takes for all."""
+    lone = x.shape[0] > 1 and x[0].numel() <= LONE_IMAGE
+    return _slices(x.shape[0], max(t.numel() * t.element_size() for t in (grad, x)), least=2 if lone else 1)
+
+
+def _slices(count: int, nbytes: int, least: int = 1) -> Iterator[slice]:
+    """Cut `count` parts of `nbytes` together into slices of about SLICE_BYTES, none of fewer than `least` parts."""
+    cuts = max(1, min(count // least, -(-nbytes // SLICE_BYTES)))
+    for i in range(cuts):
+        yield slice(count * i // cuts, count * (i + 1) // cuts)

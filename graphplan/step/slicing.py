@@ -15,18 +15,21 @@ from graphplan.step import slices
 
 aten = torch.ops.aten
 LEAST_BYTES = 1 << 22  # smaller operands are not worth a second call
+_TURNS = {aten.view.default: 0, aten._unsafe_view.default: 0, aten.t.default: 1}
 
 
-def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> None:
-    """Rewrite the large BatchNorm and convolution backward ops of `graph`.
+def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> bool:
+    """Rewrite the large BatchNorm and convolution backward ops of `graph`; return whether `exact` kept some whole.
 
     With `exact`, only in ways that keep every bit: a convolution's weight gradient then stays one sum.
     """
+    whole = False
     for node in [n for n in graph.nodes if n in backward]:
         if node.target is aten.native_batch_norm_backward.default:
             _slice_batch_norm(graph, backward, node)
         elif node.target is aten.convolution_backward.default:
-            _split_convolution(graph, backward, node, exact)
+            whole = _split_convolution(graph, backward, node, exact) or whole
+    return whole and exact
 
 
 def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) -> None:
@@ -43,7 +46,8 @@ def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) ->
     with graph.inserting_before(node):
         new = graph.call_function(slices.batch_norm_backward_, (grad, x, weight, mean, invstd, eps))
     val = node.meta["val"]
-    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True)
+    saved = ("writing normalisation gradients over their operand", v.numel() * v.element_size())
+    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True, graphplan_saves=saved)
     for item in list(node.users):
         item.args = (new, item.args[1])
         if item.args[1] == 0:
@@ -51,8 +55,11 @@ def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) ->
     _replaced(graph, backward, node, new)
 
 
-def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, exact: bool) -> None:
-    """First the weight's gradient, so that the input can die, then the input's gradient, image by image."""
+def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, exact: bool) -> bool:
+    """First the weight's gradient, so that the input can die, then the input's gradient, image by image.
+
+    Return whether there is a weight's gradient.
+    """
     grad, x, weight, *options, mask = node.args
     assert isinstance(grad, fx.Node)
     assert isinstance(x, fx.Node)
@@ -60,10 +67,13 @@ def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, e
     items: dict[Any, fx.Node] = {i.args[1]: i for i in node.users}
     g, v = grad.meta["val"], x.meta["val"]
     if not (_large(v) or _large(g)) or not v.is_contiguous() or not set(items) <= {0, 1, 2}:
-        return
+        return False
     made = []
+    has_weight = 1 in items or 2 in items
+    if exact and v.device.type != "cpu":  # another batch, perhaps another kernel
+        return True
     with graph.inserting_before(node):
-        if 1 in items or 2 in items:
+        if has_weight:
             made.append(_weight_gradient(graph, node, items, exact))
         if 0 in items:
             args = (grad, list(v.shape), weight, list(options))
@@ -73,6 +83,7 @@ def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, e
             graph.erase_node(items[0])
             backward.discard(items[0])
     _replaced(graph, backward, node, *made)
+    return has_weight
 
 
 def _weight_gradient(graph: fx.Graph, node: fx.Node, items: dict[Any, fx.Node], exact: bool) -> fx.Node:
@@ -92,6 +103,22 @@ def _weight_gradient(graph: fx.Graph, node: fx.Node, items: dict[Any, fx.Node], 
         if index in items:
             items[index].args = (new, index - 1 + first)
     return new
+
+
+def product_of(grad: fx.Node, param: Tensor) -> tuple[fx.Node, fx.Node, bool] | None:
+    """Return (a, b, turned) where a large gradient is `a @ b` (turned: its transpose) and is read only as it."""
+    node, turns = grad, 0
+    while node.target in _TURNS and len(node.users) <= 1:
+        turns += _TURNS[node.target]
+        node = node.all_input_nodes[0]
+    turned = turns % 2 == 1
+    if node.target is not aten.mm.default or len(node.users) > 1 or not _large(param) or param.dim() != 2:
+        return None
+    a, b = node.args
+    shape = node.meta["val"].shape
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or param.shape != (shape[::-1] if turned else shape):
+        return None
+    return a, b, turned
 
 
 def _replaced(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, *new: fx.Node) -> None:

@@ -129,6 +129,10 @@ class TrainStep(WholeStep):
         """Return the latest plan with what it was made from and the program that runs it."""
         return self._planner.present()
 
+    def least_peaks(self, inputs: Any, targets: Any = None) -> tuple[int, ...]:
+        """Return the least feasible peak of each form of the step: to the bit first, then in less memory."""
+        return self._planner.least_peaks(*self._call(inputs, targets)[:2])
+
     @property
     def options(self) -> Options:
         """What was asked for, as the planning stages take it."""
@@ -154,7 +158,8 @@ class TrainStep(WholeStep):
         key = (call_key(template, tensors), state_key(self.model), self._shape)
         return key, lambda: Source(lambda: self._capture(template, tensors, slots)), tensors
 
-    def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> Capture:
+    def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> tuple[Capture, ...]:
+        """Capture the step with every bit as plain PyTorch's; and in less memory, where only rounding differs."""
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
                 raise GraphplanError(
@@ -163,9 +168,15 @@ class TrainStep(WholeStep):
                 )
         check_hooks(self.model)
         args, kwargs = template.fill(tensors)
-        extension = Extension(self.model, slots, self._kept, self._clip)
         with_loss = _WithLoss(self.model, self._loss_fn)
-        return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+        forms = []
+        for exact in (True, False):
+            for two_pass in (False, True) if self._clip.norm is not None else (False,):
+                extension = Extension(self.model, slots, self._kept, self._clip, exact, two_pass)
+                forms.append(capture(with_loss, args, kwargs, inner=self.model, extend=extension))
+            if not extension.chances[-1]:
+                break
+        return tuple(forms)
 
 
 class _WithLoss(nn.Module):
@@ -224,7 +235,8 @@ def train_step(
         example_targets: what `loss_fn` gets beside the outputs, if anything.
         keep_grads: True, or names of parameters whose `.grad` is wanted after each step; they cost their bytes.
         clip_value: as torch.nn.utils.clip_grad_value_ before the update; costs no memory.
-        clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last.
+        clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last, or,
+            where that does not fit, the backward runs twice, first for the norms alone.
         codecs, gradient_noise, solver, time_limit, device: as in `optimize`.
 
     Raises:

@@ -25,16 +25,18 @@ Settings = Mapping[str, Any]  # one of `optimizer.param_groups`, read at every s
 class Rule:
     """How one optimizer class updates one parameter.
 
-    `update(param, grad, state, settings)` changes the parameter and its state in place; `state_names` are the
+    `update(param, grad, state, settings)` changes the parameter and its state in place, `of_product` does it for the
+    gradient `a @ b`; `state_names` are the
     tensors of the parameter's geometry that it keeps, `counts` is whether it counts steps too.
     """
 
     update: Callable[[Tensor, Tensor, State, Settings], None]
+    of_product: Callable[[Tensor, Tensor, Tensor, bool, State, Settings], None]
     state_names: Callable[[Settings], tuple[str, ...]]
     counts: bool
 
 
-def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
+def sgd(param: Tensor, grad: Tensor | Product, state: State, settings: Settings) -> None:
     """Apply torch.optim.SGD to one parameter."""
     keeps = settings["momentum"] != 0
     buffer = state.get("momentum_buffer") if keeps else None
@@ -43,7 +45,7 @@ def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
         buffers = [None if buffer is None else buffer[piece]]
         torch_sgd.sgd(
             [param[piece]],
-            [_matching(grad, param, settings)[piece]],
+            [_matching(grad[piece], param, settings)],
             buffers,
             weight_decay=settings["weight_decay"],
             momentum=settings["momentum"],
@@ -60,7 +62,7 @@ def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
         state["momentum_buffer"] = made
 
 
-def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
+def adam(param: Tensor, grad: Tensor | Product, state: State, settings: Settings) -> None:
     """Apply torch.optim.Adam or AdamW (`decoupled_weight_decay`) to one parameter."""
     if not state:
         _begin_adam(param, state, settings)
@@ -70,7 +72,7 @@ def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
         step = before.clone()  # each piece counts the step once
         torch_adam.adam(
             [param[piece]],
-            [_matching(grad, param, settings)[piece]],
+            [_matching(grad[piece], param, settings)],
             [state["exp_avg"][piece]],
             [state["exp_avg_sq"][piece]],
             [state["max_exp_avg_sq"][piece]] if settings["amsgrad"] else [],
@@ -88,6 +90,31 @@ def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> None:
             maximize=settings["maximize"],
         )
     before.copy_(step)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A gradient `a @ b` (`turned`: its transpose) that is computed piece by piece, where it is read."""
+
+    a: Tensor
+    b: Tensor
+    turned: bool
+
+    def __getitem__(self, piece: Any) -> Tensor:
+        """Return rows of the gradient."""
+        if piece is ...:
+            return (self.a @ self.b).t() if self.turned else self.a @ self.b
+        return (self.a @ self.b[:, piece]).t() if self.turned else self.a[piece] @ self.b
+
+
+def sgd_of_product(param: Tensor, a: Tensor, b: Tensor, turned: bool, state: State, settings: Settings) -> None:
+    """Apply torch.optim.SGD with the gradient `a @ b`, which never exists whole."""
+    sgd(param, Product(a, b, turned), state, settings)
+
+
+def adam_of_product(param: Tensor, a: Tensor, b: Tensor, turned: bool, state: State, settings: Settings) -> None:
+    """Apply torch.optim.Adam or AdamW with the gradient `a @ b`, which never exists whole."""
+    adam(param, Product(a, b, turned), state, settings)
 
 
 def _begin_adam(param: Tensor, state: State, settings: Settings) -> None:
@@ -108,9 +135,9 @@ def _adam_state(settings: Settings) -> tuple[str, ...]:
 
 
 RULES: dict[type, Rule] = {
-    torch.optim.SGD: Rule(sgd, _sgd_state, counts=False),
-    torch.optim.Adam: Rule(adam, _adam_state, counts=True),
-    torch.optim.AdamW: Rule(adam, _adam_state, counts=True),
+    torch.optim.SGD: Rule(sgd, sgd_of_product, _sgd_state, counts=False),
+    torch.optim.Adam: Rule(adam, adam_of_product, _adam_state, counts=True),
+    torch.optim.AdamW: Rule(adam, adam_of_product, _adam_state, counts=True),
 }
 
 

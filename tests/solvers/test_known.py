@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -71,3 +73,16 @@ def test_the_least_peak_repeats_itself() -> None:
     first = least_peak(problem)
     least._known.clear()
     assert least_peak(problem) == first
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_peak_is_the_same_however_long_ops_took(seed: int) -> None:
+    problem = at_share(random_problem(7400 + seed, 60), 0.0)
+    random = Random(seed)
+    ops = tuple(replace(op, cost_ns=round(op.cost_ns * random.uniform(0.5, 2))) for op in problem.ops)
+    first = least_peak(problem)
+    least._known.clear()
+    other = least_peak(replace(problem, ops=ops))
+    assert other.least_peak_bytes == first.least_peak_bytes
+    assert other.schedule == first.schedule
+    assert solve(replace(problem, ops=ops).with_budget(first.least_peak_bytes or 0)).schedule is not None

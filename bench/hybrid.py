@@ -1,0 +1,298 @@
+"""Hybrid plans beside plans that only recompute and plans that only compress. `python -m bench.hybrid`.
+
+Predicted: every zoo model at its real size, budgets from the least of the plans without codecs (0) to the unplanned
+peak (1), what each kind of plan adds to the step. Steps: the same plans run for real, paired. Held: the least that a
+plan holds of activations between forward and backward under the cap on noise, and what it costs. Sums: the noise that
+single codes are predicted to add, over that of all of them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.ground import (
+    OUT,
+    ROOT,
+    Ground,
+    compress_only,
+    ground,
+    held_at_turn,
+    joint_noise,
+    plan_of,
+    recompute_only,
+    turn_only,
+)
+from bench.page import write_between
+
+BUDGETS = (0.0, 0.25, 0.5, 0.75)
+KINDS = ("hybrid", "recompute", "compress")
+SUMS = ("int8", "int4", "int2")
+
+
+def problems_of(here: Ground) -> dict[str, Any]:
+    """Return the Problem of each of KINDS."""
+    problem = here.prepared.problem
+    return {"hybrid": problem, "recompute": recompute_only(here.prepared), "compress": compress_only(problem)}
+
+
+def predicted(here: Ground, seconds: float) -> dict[str, Any]:
+    """Return, at each of BUDGETS, the overhead of each kind (None: nothing found), and the schedules."""
+    import solvers
+    from solvers import Limits, simulate
+
+    problems = problems_of(here)
+    least = {k: solvers.least_peak(p, Limits(seconds=seconds)) for k, p in problems.items()}
+    low, top = least["recompute"].least_peak_bytes, here.prepared.baseline_peak_bytes
+    assert low is not None
+    program = here.prepared.problem.program_cost_ns()
+    rows, schedules = [], {}
+    for part in BUDGETS:
+        budget = int(low + part * (top - low))
+        row: dict[str, Any] = {"part": part, "budget": budget}
+        for kind, problem in problems.items():
+            known = tuple(s for s in [least[kind].schedule] if s is not None)
+            start = time.monotonic()
+            found = solvers.solve(problem.with_budget(budget), "auto", Limits(seconds=seconds, known=known))
+            row[f"{kind}_s"] = time.monotonic() - start
+            if found.schedule is None:
+                row[kind] = None
+                continue
+            usage = simulate(problem.with_budget(budget), found.schedule)
+            row[kind], row[f"{kind}_status"] = usage.cost_ns / program - 1, found.status.name.lower()
+            row[f"{kind}_noise"] = usage.noise_ppb / 1e9
+            schedules[part, kind] = found.schedule
+        rows.append(row)
+    peaks = {k: s.least_peak_bytes for k, s in least.items()}
+    return {"least": peaks, "baseline": top, "budgets": rows, "schedules": schedules}
+
+
+def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str, Any]]:
+    """Run the plans of each budget beside plain steps, in turn; return each kind's time over plain's."""
+    import graphplan
+    from bench.pairs import Ratio, rounds
+
+    def step(module: Any) -> Any:
+        def run() -> None:
+            outputs, targets = module(*here.example.inputs), here.example.targets
+            (here.loss_fn(outputs, targets) if targets is not None else here.loss_fn(outputs)).backward()
+            for p in here.model.parameters():
+                p.grad = None
+
+        return run
+
+    rows = []
+    for part in BUDGETS:
+        kinds = [k for k in KINDS if (part, k) in schedules]
+        modules = [
+            graphplan.apply(here.model, plan_of(here, schedules[part, k]), here.example.inputs, **here.loss)
+            for k in kinds
+        ]
+        times = rounds(tuple(step(m) for m in (here.model, *modules)), pairs)
+        row: dict[str, Any] = {"part": part}
+        for i, kind in enumerate(kinds):
+            row[kind] = asdict(Ratio.of([t[i + 1] / t[0] for t in times]))
+            if kind != "hybrid" and "hybrid" in kinds:
+                row[f"hybrid over {kind}"] = asdict(Ratio.of([t[1] / t[i + 1] for t in times]))
+        rows.append(row)
+    return rows
+
+
+def held(here: Ground, seconds: float) -> list[dict[str, Any]]:
+    """Return what plans hold between forward and backward at least: bytes, noise predicted and joint, overhead."""
+    import solvers
+    from graphplan.graph import StorageKind
+    from solvers import Limits, simulate
+
+    problem, graph = here.prepared.problem, here.captured.graph
+    activations = sum(s.nbytes for s in graph.storages if s.kind is StorageKind.ACTIVATION)
+    at_all = held_at_turn(problem, problem.program)
+    rows = []
+    for kind, base in (("compress", compress_only(problem)), ("hybrid", problem)):
+        only = turn_only(base)
+        least = solvers.least_peak(only, Limits(seconds=seconds))
+        assert least.schedule is not None
+        rows.append(_held_row(here, kind, least.schedule, activations, at_all))
+    # Twelve times less, as fast as may be.
+    only = turn_only(problem, activations // 12 + at_all - activations)
+    fast = solvers.solve(only, "auto", Limits(seconds=2 * seconds, known=(least.schedule,)))
+    if fast.schedule is not None:
+        simulate(only, fast.schedule)
+        rows.append(_held_row(here, "hybrid, a twelfth", fast.schedule, activations, at_all))
+    return rows
+
+
+def _held_row(here: Ground, kind: str, schedule: Any, activations: int, at_all: int) -> dict[str, Any]:
+    from solvers import simulate
+
+    problem = here.prepared.problem.with_budget(1 << 62)
+    usage, joint = simulate(problem, schedule), joint_noise(here, schedule)
+    kept = held_at_turn(problem, schedule) - (at_all - activations)
+    return {
+        "kind": kind, "activations": activations, "held": kept, "ratio": activations / max(1, kept),
+        "overhead": usage.cost_ns / problem.program_cost_ns() - 1, "noise": usage.noise_ppb / 1e9,
+        "measured": joint.noise, "bias": joint.bias, "peak": usage.peak_bytes,
+    }  # fmt: skip
+
+
+def sums(here: Ground) -> list[dict[str, Any]]:
+    """Encode all that one code may encode, and return the sum of the predictions over what is measured of all."""
+    assert here.prepared.noise is not None
+    rows = []
+    for codec in SUMS:
+        schedule, used = all_encoded(here, codec)
+        rho = sum(here.prepared.noise.rho[a].get(codec, 0.0) for a in used)
+        joint = joint_noise(here, schedule)
+        rows.append({"codec": codec, "count": len(used), "sum": rho, "joint": joint.noise, "bias": joint.bias})
+    return rows
+
+
+def all_encoded(here: Ground, codec: str) -> tuple[list[int], list[str]]:
+    """Return the program with every activation that `codec` offers encoded by it, and their names.
+
+    An op that reads two codes runs from one of them, and the other activation is kept for it.
+    """
+    prepared = here.prepared
+    items, storages = prepared.instructions.items, here.captured.graph.storages
+    codes = {e.id: storages[e.of].name for e in prepared.instructions.encoded if e.codec == codec}
+    encodes = [i for i, item in enumerate(items) if item.kind == "encode" and codes.keys() & set(item.writes)]
+    taken: dict[int, int] = {}
+    read: set[str] = set()
+    for i, item in enumerate(items):
+        if item.kind == "variant" and codes.keys() & set(item.reads) and item.op is not None and item.op not in taken:
+            taken[item.op] = i
+            read.update(codes[s] for s in item.reads if s in codes)
+    schedule = []
+    for p in prepared.instructions.program:
+        if items[p].kind == "turn":
+            schedule.extend(e for e in encodes if any(codes.get(s) in read for s in items[e].writes))
+        op = items[p].op
+        schedule.append(p if op is None else taken.get(op, p))
+    return schedule, sorted(read)
+
+
+def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return one model's rows."""
+    here = ground(name, time_limit=args.time_limit)
+    row: dict[str, Any] = {"name": name}
+    found = predicted(here, args.time_limit)
+    schedules = found.pop("schedules")
+    row["predicted"] = found
+    _save(name, row)
+    if name in args.held:
+        row["held"] = held(here, args.time_limit)
+        _save(name, row)
+    if name in args.sums:
+        row["sums"] = sums(here)
+        _save(name, row)
+    if name in args.steps:
+        row["steps"] = steps(here, schedules, args.pairs)
+    return row
+
+
+def _save(name: str, row: dict[str, Any]) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"hybrid_{name}.json").write_text(json.dumps(row, indent=1))
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the Markdown of each table, by the name of its place on the page."""
+    made = {"hybrid": _predicted_table(rows), "held": _held_table(rows), "noise sums": _sums_table(rows)}
+    made["hybrid steps"] = _steps_table(rows)
+    return made
+
+
+def _predicted_table(rows: list[dict[str, Any]]) -> str:
+    columns = ["model", "least: recompute only, MB", "compress only", "hybrid", *(f"at {b:.0%}" for b in BUDGETS)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for r in rows:
+        p = r["predicted"]
+        cells = [r["name"], *(f"{p['least'][k] / 1e6:.1f}" for k in ("recompute", "compress", "hybrid"))]
+        cells += [" / ".join("none" if b[k] is None else f"{b[k]:+.1%}" for k in KINDS) for b in p["budgets"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _held_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| model | plan | activations, MB | held, MB | ratio | overhead | noise predicted | measured | bias |"]
+    lines.append("|" + "---|" * 9)
+    for r in rows:
+        for h in r.get("held", ()):
+            cells = [r["name"], h["kind"], f"{h['activations'] / 1e6:.1f}", f"{h['held'] / 1e6:.1f}"]
+            cells += [
+                _times(h["ratio"]),
+                f"{h['overhead']:+.1%}",
+                f"{h['noise']:.3f}",
+                f"{h['measured']:.3f}",
+                f"{h['bias']:.0%}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 1000 else "all"
+
+
+def _sums_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| model | code | activations | sum predicted | joint measured | ratio | bias |", "|" + "---|" * 7]
+    for r in rows:
+        for s in r.get("sums", ()):
+            cells = [r["name"], s["codec"], str(s["count"]), f"{s['sum']:.2e}", f"{s['joint']:.2e}"]
+            cells += [f"{s['sum'] / s['joint']:.2f}", f"{s['bias']:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _steps_table(rows: list[dict[str, Any]]) -> str:
+    shown = [*KINDS, "hybrid over recompute", "hybrid over compress"]
+    lines = ["| model | budget | " + " | ".join(shown) + " |", "|" + "---|" * (2 + len(shown))]
+    for r in rows:
+        for s in r.get("steps", ()):
+            cells = [r["name"], f"{s['part']:.0%}"]
+            found = (s.get(k) for k in shown)
+            cells += ["none" if f is None else f"{f['median']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in found]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="zoo models (default: all)")
+    parser.add_argument("--time-limit", type=float, default=10.0, help="seconds a solve")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--held", nargs="*", default=["resnet50"])
+    parser.add_argument("--sums", nargs="*", default=["resnet18", "gpt", "mobilenet_v2", "vit"])
+    parser.add_argument("--steps", nargs="*", default=["resnet18", "resnet50", "gpt"])
+    parser.add_argument("--write", type=Path, help="Markdown file whose tables are replaced")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        _save(args.one, measure_model(args.one, args))
+        return
+    from models_zoo import MODELS
+
+    for name in args.names or MODELS:
+        words = [sys.executable, "-m", "bench.hybrid", "--one", name, *_options(args)]
+        done = subprocess.run(words, cwd=ROOT, check=False)
+        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+    rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"hybrid_{n}.json").exists()]
+    for place, text in tables(rows).items():
+        print(text, end="\n\n")
+        if args.write:
+            write_between(args.write, place, text)
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    words = ["--time-limit", str(args.time_limit), "--pairs", str(args.pairs)]
+    return [*words, "--held", *args.held, "--sums", *args.sums, "--steps", *args.steps]
+
+
+if __name__ == "__main__":
+    main()

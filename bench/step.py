@@ -1,0 +1,321 @@
+"""Whole steps: `train_step` with SGD beside `optimize` and PyTorch's means, on one meter.
+
+`python -m bench.step --write docs/step.md`
+
+For each zoo model at its real size: the least peak of a whole step; of `optimize` with the update after it; of plain
+PyTorch; of the optimizer in the backward (a hook on every parameter that applies and drops its gradient), alone, with
+checkpointed blocks and with PyTorch's memory budget. All peaks are measured. Last the GPT with 50,257 tokens
+(`vocabulary`), with and without chunks. `--time` measures only the step at 100 % against the plain loop, in pairs, on
+a machine that does nothing else. Each model runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "bench" / "out"
+RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
+LEARNING_RATE = 0.01
+VOCABULARY, TIME, BATCH = 50_257, 256, 4
+
+
+def peer(model: Any, forward: Callable[..., Any], entry: Any, hooks: bool) -> Any:
+    """Return PyTorch's own training step as graphplan.measure takes it; with `hooks`, the optimizer in the backward."""
+    import torch
+
+    from graphplan.whole import WholeStep
+
+    class Peer(WholeStep):
+        def __init__(self) -> None:
+            self.model, self.optimizer = model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+        def __call__(self, inputs: Any, targets: Any = None) -> Any:
+            loss = entry.loss(forward(*inputs), targets)
+            loss.backward()
+            if not hooks:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            return loss.detach()
+
+    return Peer()
+
+
+@contextmanager
+def optimizer_in_backward(model: Any) -> Iterator[None]:
+    """Apply and drop every gradient as soon as autograd has accumulated it."""
+    import torch
+
+    own = {p: torch.optim.SGD([p], lr=LEARNING_RATE) for p in model.parameters()}
+
+    def apply(p: Any) -> None:
+        own[p].step()
+        own[p].zero_grad()
+
+    handles = [p.register_post_accumulate_grad_hook(apply) for p in own]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_peers(model: Any, entry: Any, example: Any, methods: set[str]) -> dict[str, int | str]:
+    """Return the measured peak of each peer, or why there is none."""
+    import torch
+
+    import graphplan
+    from bench.peers import settings
+
+    def run(module: Any) -> None:
+        entry.loss(module(*example.inputs), example.targets)
+
+    def peak(forward: Any, hooks: bool) -> int | str:
+        try:
+            step = peer(model, forward, entry, hooks)
+            return graphplan.measure(step, example.inputs, example_targets=example.targets, runs=1).peak_bytes
+        except Exception as e:  # noqa: BLE001  (a peer that fails is a row that says so)
+            return f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+
+    found = {"plain": peak(model, False)}
+    with optimizer_in_backward(model):
+        found["hooks"] = peak(model, True)
+        for setting in settings(model, run, methods, RATIOS):
+            found[f"{setting.method} {setting.name} + hooks"] = peak(setting.build(model), True)
+            torch._dynamo.reset()
+    return found
+
+
+def measure_model(name: str, time_limit: float, methods: set[str]) -> dict[str, Any]:
+    """Return one row of the table."""
+    import torch
+
+    import graphplan
+    from models_zoo import MODELS
+
+    torch.manual_seed(0)
+    entry = MODELS[name]
+    model, example = entry.build(), entry.example()
+    inputs, targets = example.inputs, example.targets
+
+    def measured(step: Any, loss_fn: Any = None) -> int:
+        return graphplan.measure(step, inputs, loss_fn, example_targets=targets, runs=1).peak_bytes
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    start = time.perf_counter()
+    full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=time_limit)
+    seconds = time.perf_counter() - start
+    least = full.at_budget(full.plan.minimum_peak_bytes)
+    least.prepare(inputs, targets)
+    exact, *rest = full.least_peaks(inputs, targets)
+    loss_fn = entry.loss if targets is not None else (lambda outputs: entry.loss(outputs, None))
+    halves = graphplan.optimize(model, "100%", inputs, loss_fn=loss_fn, example_targets=targets, time_limit=time_limit)
+    halves = halves.at_budget(halves.plan.minimum_peak_bytes)
+    halves.prepare(*inputs)
+    return {
+        "name": name,
+        "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "exact": exact,
+        "least": measured(least),
+        "predicted": least.plan.peak_bytes,
+        "overhead": least.plan.overhead,
+        "forms": 1 + len(rest),
+        "optimize": measured(halves, loss_fn),
+        "full": measured(full),
+        "planning_s": seconds,
+        "peers": measure_peers(model, entry, example, methods),
+    }
+
+
+def measure_time(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
+    """Return the time of a step at 100 % over the plain loop's, and of the plain loop over itself."""
+    import torch
+
+    import graphplan
+    from bench.pairs import Ratio, rounds
+    from models_zoo import MODELS
+
+    torch.manual_seed(0)
+    entry = MODELS[name]
+    model, example = entry.build(), entry.example()
+    inputs, targets = example.inputs, example.targets
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    step = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=time_limit)
+    plain = peer(model, model, entry, False)
+
+    def one() -> None:
+        plain(inputs, targets)
+
+    times = rounds((lambda: step(inputs, targets), one, one), pairs)
+    return {
+        "name": name,
+        "ratio": asdict(Ratio.of([t[0] / t[1] for t in times])),
+        "null": asdict(Ratio.of([t[2] / t[1] for t in times])),
+    }
+
+
+def measure_vocabulary(time_limit: float) -> dict[str, Any]:
+    """Return the least and the unplanned peaks of a GPT with 50,257 tokens, with and without chunks."""
+    import torch
+
+    import graphplan
+    from models_zoo import MODELS
+    from models_zoo.gpt import GPT
+
+    torch.manual_seed(0)
+    model = GPT(vocab=VOCABULARY, context=TIME)
+    ids = torch.randint(VOCABULARY, (BATCH, TIME + 1))
+    inputs = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    loss = MODELS["gpt"].loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    step = graphplan.train_step(model, loss, optimizer, "100%", inputs, time_limit=time_limit)
+    whole, chunked = step.least_peaks(inputs)
+    least = step.at_budget(chunked)
+    least.prepare(inputs)
+    return {
+        "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "whole": whole,
+        "chunked": chunked,
+        "measured": graphplan.measure(least, inputs, runs=1).peak_bytes,
+        "plain": graphplan.measure(peer(model, model, MODELS["gpt"], False), inputs, runs=1).peak_bytes,
+    }
+
+
+def best_peer(row: dict[str, Any]) -> tuple[str, int]:
+    """Return the peer with the lowest peak."""
+    peaks = {k: v for k, v in row["peers"].items() if isinstance(v, int)}
+    name = min(peaks, key=lambda k: peaks[k])
+    return name, peaks[name]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown, their geometric means last."""
+    columns = (
+        "model", "parameters, MB", "plain loop, MB", "optimize, least, MB", "train_step, least, to the bit, MB",
+        "train_step, least, MB", "/ optimize", "best peer, MB", "/ best peer",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for r in rows:
+        name, peak = best_peer(r)
+        cells = [
+            r["name"], mb(r["parameters"]), mb(r["peers"]["plain"]), mb(r["optimize"]), mb(r["exact"]), mb(r["least"]),
+            f"{r['least'] / r['optimize']:.2f}", f"{mb(peak)} ({name})", f"{r['least'] / peak:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    ours, exact, peers = (
+        geometric([r["least"] / r["optimize"] for r in rows]),
+        geometric([r["exact"] / r["optimize"] for r in rows]),
+        geometric([r["least"] / best_peer(r)[1] for r in rows]),
+    )
+    off = max(abs(r["predicted"] / r["least"] - 1) for r in rows)
+    lines.append("")
+    lines.append(
+        f"Geometric means over {len(rows)} models: least peak / optimize's {ours:.3f} (to the bit {exact:.3f}), / the "
+        f"best peer's {peers:.3f}. Largest error of a predicted least peak: {off:.2%}."
+    )
+    return "\n".join(lines)
+
+
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """Return the step times at 100 % as Markdown."""
+    lines = ["| model | planned / plain loop | plain loop / itself | rounds |", "|---|---|---|---|"]
+    for r in rows:
+        cells = (f"{x['median']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in (r["ratio"], r["null"]))
+        lines.append(f"| {r['name']} | {' | '.join(cells)} | {r['ratio']['pairs']} |")
+    mean = geometric([r["ratio"]["median"] for r in rows])
+    lines.append(f"\nGeometric mean of planned / plain loop: {mean:.3f}.")
+    return "\n".join(lines)
+
+
+def vocabulary_text(row: dict[str, Any]) -> str:
+    """Return the GPT's figures as a line."""
+    return (
+        f"GPT, {VOCABULARY:,} tokens, T {TIME}, batch {BATCH}, {mb(row['parameters'])} MB of parameters: plain loop "
+        f"{mb(row['plain'])} MB; least peak with the loss whole {mb(row['whole'])} MB, in chunks "
+        f"{mb(row['chunked'])} MB (measured {mb(row['measured'])}): {row['chunked'] / row['whole']:.3f}."
+    )
+
+
+def mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}"
+
+
+def geometric(ratios: list[float]) -> float:
+    return math.exp(sum(math.log(r) for r in ratios) / len(ratios))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="zoo models, or vocabulary (default: all)")
+    parser.add_argument("--time", action="store_true", help="step times, not peaks")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--time-limit", type=float, default=20.0, help="seconds of solving")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for one model")
+    peers = ("checkpoint", "pytorch_budget")
+    parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="beside the hooks alone")
+    parser.add_argument("--write", type=Path, help="Markdown file whose blocks are replaced")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        path, row = measure_one(args)
+        path.write_text(json.dumps(row, indent=1))
+    else:
+        run_all(args)
+
+
+def measure_one(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Return one model's row and where it belongs."""
+    name = args.one
+    if args.time:
+        return OUT / f"step_time_{name}.json", measure_time(name, args.pairs, args.time_limit)
+    if name == "vocabulary":
+        return OUT / "step_vocabulary.json", measure_vocabulary(args.time_limit)
+    return OUT / f"step_{name}.json", measure_model(name, args.time_limit, set(args.peers))
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Measure every model in a process of its own, then print and write what is known."""
+    from bench.page import write_between
+    from models_zoo import MODELS
+
+    given = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit), "--peers", *args.peers]
+    given += ["--time"] if args.time else []
+    for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
+        command = [sys.executable, "-m", "bench.step", "--one", name, *given]
+        try:
+            done = subprocess.run(command, cwd=ROOT, check=False, timeout=60 * args.minutes)
+            print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: out of time", flush=True)
+    rows, times = rows_of("step_", MODELS), rows_of("step_time_", MODELS)
+    blocks = {
+        "step table": table(rows) if rows else "",
+        "step time": time_table(times) if times else "",
+        "step vocabulary": "\n".join(vocabulary_text(r) for r in rows_of("step_", ["vocabulary"])),
+    }
+    for block, text in blocks.items():
+        print(text)
+        if args.write and text:
+            write_between(args.write, block, text)
+
+
+def rows_of(prefix: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the rows measured so far."""
+    return [json.loads(p.read_text()) for n in names if (p := OUT / f"{prefix}{n}.json").exists()]
+
+
+if __name__ == "__main__":
+    main()

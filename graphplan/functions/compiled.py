@@ -1,0 +1,90 @@
+"""Kernels written in plain torch, through `torch.compile` where a compiler stands, and as they are elsewhere.
+
+One source of truth: what the compiler makes of a kernel is compared with the kernel itself, bit for bit, before its
+first use. Inductor's narrow integers have been wrong before (pytorch issues 105264, 135160, 191499).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., Any]  # writes to tensors among its arguments, and may return small ones
+Trial = Callable[[torch.device], tuple[Tensor, ...]]  # arguments to try a kernel on, the same at every call
+
+
+@cache
+def compiled(kernel: Kernel, trial: Trial, device: torch.device) -> Kernel | None:
+    """Return `kernel` compiled for the sizes and dtypes of `trial`; None where that is not to be had.
+
+    A compiler that fails, or compiles something else, is reported once as a RuntimeWarning. One that fails later gives
+    way to the kernel itself, which writes all its results again.
+    """
+    if not has_compiler(device):
+        return None
+    # Of one size only: guards on sizes and offsets that are free to change run into a limit of recompilations.
+    made: Any = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
+    expected, found = trial(device), trial(device)
+    try:
+        expected = (*expected, *(kernel(*expected) or ()))
+        found = (*found, *(made(*found) or ()))
+    except Exception as e:  # noqa: BLE001 - whatever the compiler's reason, the kernel itself runs
+        _warn(kernel, f"{type(e).__name__}: {e}")
+        return None
+    if not all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(expected, found, strict=True)):
+        _warn(kernel, "its results differ from the kernel's own")
+        return None
+    return _Falling(made, kernel)
+
+
+class _Falling:
+    """A compiled kernel until it fails, from then on the kernel itself."""
+
+    def __init__(self, made: Kernel, kernel: Kernel) -> None:
+        self.run, self.kernel = made, kernel
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.run(*args)
+        except Exception as e:  # a step that trains is not to end because of a compiler
+            if self.run is self.kernel:
+                raise
+            _warn(self.kernel, f"{type(e).__name__}: {e}")
+            self.run = self.kernel
+            return self.kernel(*args)
+
+
+def _alone(kernel: Kernel) -> Kernel:
+    """Return the same function with code of its own: Dynamo counts recompilations by code object, up to a limit."""
+    code = kernel.__code__.replace(co_name=f"{kernel.__code__.co_name}_alone")
+    return FunctionType(code, kernel.__globals__, code.co_name, kernel.__defaults__, kernel.__closure__)
+
+
+@cache
+def has_compiler(device: torch.device) -> bool:
+    """Return whether a compiler for kernels on `device` stands: a C++ compiler, or Triton."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return device.type == "cpu" and bool(get_cpp_compiler())
+    except RuntimeError:  # InvalidCxxCompiler
+        return False
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+def _warn(kernel: Kernel, reason: str) -> None:
+    name = getattr(kernel, "__name__", str(kernel))
+    warnings.warn(f"graphplan runs {name} uncompiled, by chunks: {reason[:500]}", RuntimeWarning, stacklevel=4)
