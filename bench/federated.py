@@ -42,9 +42,10 @@ def run(method: str, seed: int) -> Row:
     from graphplan.federated import RunConfig
     from graphplan.federated.testing import run_in_process
 
+    name, _, codecs = method.partition(", codecs ")
     config = RunConfig(
-        method=method, model="models_zoo:cnn", partition="dirichlet:0.1", clients=CLIENTS, per_round=PER_ROUND,
-        rounds=ROUNDS, seed=seed, fleet=FLEET, local_epochs=5, points=16, time_limit=5.0, device=str(DEVICE),
+        method=name, codecs=codecs, model="models_zoo:cnn", partition="dirichlet:0.1", clients=CLIENTS,
+        per_round=PER_ROUND, rounds=ROUNDS, seed=seed, fleet=FLEET, local_epochs=5, points=16, time_limit=5.0, device=str(DEVICE),
     )  # fmt: skip
     start = time.perf_counter()
     report = run_in_process(config)
@@ -146,12 +147,12 @@ def main() -> None:
     from graphplan.federated import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("methods", nargs="*", default=list(METHODS))
+    parser.add_argument("methods", nargs="*", default=[*METHODS, "fedhybrid, codecs lossy"])
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--write", type=Path, help="render what is stored into this page and run nothing")
     args = parser.parse_args()
     if args.write:
-        found = sorted(rows(), key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
+        found = sorted(rows(), key=lambda r: (list(METHODS).index(r["method"].split(",")[0]), r["method"], r["seed"]))
         draw(found, PLOT)
         write_between(args.write, "methods", table(found))
         return

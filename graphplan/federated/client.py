@@ -167,7 +167,7 @@ def _profile(config: RunConfig) -> Device | None:
     """Return what this machine measured of the task's ops; None in a simulation, and without the model's source."""
     if config.fleet or config.device or config.program:
         return None
-    execution = METHODS[config.method].execution
+    execution = METHODS[config.method].execution.under(config)
     whole = config.whole and execution.planned
     return _trainer(config, 1.0).profile(execution.codecs, whole=whole)
 

@@ -41,6 +41,11 @@ class Execution:
     solver: str = "auto"
     recompute: bool = True
 
+    def under(self, config: RunConfig) -> Execution:
+        """Return it with the codecs that the run asks for, where they are free to be chosen."""
+        free = self.planned and self.recompute and self.codecs != "none" and config.codecs
+        return replace(self, codecs=config.codecs) if free else self
+
 
 @dataclass(slots=True)
 class Planner:
