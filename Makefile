@@ -42,6 +42,10 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.least --write docs/codecs.md
 	$(BIN)/python -m bench.codecs --write docs/codecs.md
+	$(BIN)/python -m bench.caps --write docs/federated.md
+	$(BIN)/python -m bench.fleet_plans --write docs/federated.md
+	$(BIN)/python -m bench.federated
+	$(BIN)/python -m bench.federated --write docs/federated.md
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers/test_fuzz.py --timeout 0

@@ -45,7 +45,7 @@ def test_two_rounds_on_three_supernodes_with_different_budgets(config: RunConfig
 @pytest.mark.slow
 def test_a_supernode_that_restarts_takes_part_again(config: RunConfig) -> None:
     """A process ends while the run goes on, and another begins with the same partition: it is met and asked."""
-    config = replace(config, method="random_hybrid", fleet="", clients=3, per_round=3, rounds=4, timeout=90.0)
+    config = replace(config, method="random_hybrid", fleet="", clients=3, per_round=3, rounds=4, timeout=150.0)
     with workplace(config) as place:
         place.start_superlink()
         nodes = [place.start_supernode(i, 3, "2MB") for i in range(3)]
