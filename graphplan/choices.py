@@ -20,7 +20,6 @@ from graphplan.noise import Noise
 from graphplan.optimize import Options, Source, check_noise, device_of, find_least, make_plan, prepare
 from graphplan.plan import Plan
 from graphplan.replay import Batch
-from graphplan.units import parse_budget
 from solvers import Schedule, Solution
 
 
@@ -94,11 +93,11 @@ def prepare_candidates(
     return tuple(Candidate(c, p) for c, p in zip(captured, same, strict=True))
 
 
-def at_budget(candidates: Candidates, options: Options) -> Candidates:
+def at_budget(candidates: Candidates, budget_bytes: int) -> Candidates:
     """Return the candidates under another budget."""
-    budget = parse_budget(options.budget, candidates[0].prepared.baseline_peak_bytes)
     return tuple(
-        replace(c, prepared=replace(c.prepared, problem=c.prepared.problem.with_budget(budget))) for c in candidates
+        replace(c, prepared=replace(c.prepared, problem=c.prepared.problem.with_budget(budget_bytes)))
+        for c in candidates
     )
 
 

@@ -168,8 +168,9 @@ def optimize(
 
     Args:
         model: any module that autograd can train; it is not edited, its parameters are shared.
-        budget: bytes, or text such as "512MiB", "1.5GB", "60%" (of the unplanned step's peak). It covers
-            parameters, buffers, inputs, gradients, activations, every op's workspace and the caller's loss.
+        budget: bytes, or text such as "512MiB", "1.5GB", "60%" (of the unplanned step's peak; with batches of
+            several sizes, of the largest so far). It covers parameters, buffers, inputs, gradients, activations,
+            every op's workspace and the caller's loss.
         example_inputs: one training batch, as a tuple; None: plan at the first training call.
         example_kwargs: keyword arguments that go with `example_inputs`.
         codecs: "none", "exact" (bit-identical gradients), "lossy" (rounded activations too, their noise estimated

@@ -17,6 +17,7 @@ from graphplan.lift import Prepared
 from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
 from graphplan.progress import bars
+from graphplan.units import parse_budget
 
 P = TypeVar("P")
 Sources = Callable[[], Source]
@@ -114,13 +115,14 @@ class Planner(Generic[P]):
 
     def _candidates(self, key: Hashable, source: Source, options: Options) -> Candidates:
         key = (key, source.batch is None)
-        if key in self._grounds:  # captured for another budget
-            return at_budget(self._grounds[key], options)
-        captured = source.captures()
-        self.device = self.device or Device.this(device_of(self.model, captured[0]))
-        noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
-        self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
-        return self._grounds[key]
+        if key not in self._grounds:
+            captured = source.captures()
+            self.device = self.device or Device.this(device_of(self.model, captured[0]))
+            noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
+            self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
+        # A percentage is of the largest unplanned step so far: the smaller last batch has the room of the others.
+        largest = max(cs[0].prepared.baseline_peak_bytes for cs in self._grounds.values())
+        return at_budget(self._grounds[key], parse_budget(options.budget, largest))
 
 
 def state_key(model: nn.Module) -> Hashable:

@@ -54,9 +54,7 @@ def profile(
     if run and missing:
         device.samples.update(_measure(list(missing.values()), graph, progress))
         _add_up(graph, instructions, device, probes, {i: p for i, p in extra.items() if _key(probes[i]) in missing})
-    samples = [
-        None if p is None else device.samples.get(p.key) or device.estimate(p.target, p.touched_bytes) for p in probes
-    ]
+    samples = [None if p is None else _sample(graph, instructions, device, probes, i) for i, p in enumerate(probes)]
     known = all(p is None or p.key in device.samples for p in probes)
     return Profile(
         tuple(s.cost_ns if s else 0 for s in samples),
@@ -77,6 +75,26 @@ def _add_up(
         if all(parts):
             whole, alone, more = (p for p in parts if p is not None)
             device.samples[own] = replace(whole, cost_ns=alone.cost_ns + more.cost_ns)
+
+
+def _sample(
+    graph: Graph, instructions: Instructions, device: Device, probes: Sequence[_Probe | None], i: int
+) -> Sample:
+    """Return what is known of an instruction, else an estimate.
+
+    One that stands in for an op is estimated as that op, and what the op reads made anew beside it.
+    """
+    probe, item = probes[i], instructions.items[i]
+    assert probe is not None
+    if probe.key in device.samples:
+        return device.samples[probe.key]
+    if item.op is None or item.kind == "op":
+        return device.estimate(probe.target, probe.touched_bytes)
+    own = item.op if item.op < instructions.turn else item.op + 1
+    op, reads = _sample(graph, instructions, device, probes, own), instructions.items[own].reads
+    made = sum(graph.storages[s].nbytes for s in reads if s not in item.reads)
+    more = device.estimate("decode", made).cost_ns if made else 0
+    return replace(op, cost_ns=op.cost_ns + more, workspace_bytes=op.workspace_bytes + made)
 
 
 def _beyond(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe:

@@ -260,6 +260,15 @@ def test_the_smaller_last_batch_keeps_the_decisions() -> None:
     assert {n: d.fate for n, d in planned.plan.decisions.items()} == fates
 
 
+def test_a_percentage_is_of_the_largest_batch_so_far() -> None:
+    planned = graphplan.optimize(Net(), "75%", (torch.randn(1024, 16),), time_limit=5)
+    budget = planned.plan.budget_bytes
+    planned(torch.randn(2, 16)).sum().backward()
+    assert planned.plan.budget_bytes == budget
+    planned(torch.randn(2048, 16)).sum().backward()
+    assert planned.plan.budget_bytes == int(0.75 * planned.plan.baseline_peak_bytes) > budget
+
+
 def test_a_larger_batch_that_no_longer_fits_is_solved_again() -> None:
     x, larger = torch.randn(512, 16), torch.randn(560, 16)
     unplanned = graphplan.optimize(Net(), "100%", (x,), time_limit=5).plan
