@@ -109,11 +109,7 @@ class Planner:
             source = Source.of(model, (images,), {}, options)
         device = given or Device.this(images.device)
         # The first form alone: the others, where a step has any, change the last bits of its numbers.
-        captured = source.captures()[:1]
-        (candidate,) = prepare_candidates(captured, options, device, source)
-        if device_class == "" and not candidate.prepared.profile.measured:
-            # Simulated clients are this machine: what a saved profile lacks is measured, not guessed.
-            (candidate,) = prepare_candidates(captured, replace(options, device=None), device, source)
+        (candidate,) = prepare_candidates(source.captures()[:1], options, device, source)
         self.profiled, self.grounds[device_class] = device, candidate
         prepared = candidate.prepared
         if not execution.planned:
