@@ -47,6 +47,10 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.accuracy --write docs/codecs.md
 	$(BIN)/python -m bench.step --write docs/step.md
 	$(BIN)/python -m bench.step --time --write docs/step.md
+	$(BIN)/python -m bench.caps --write docs/federated.md
+	$(BIN)/python -m bench.fleet_plans --write docs/federated.md
+	$(BIN)/python -m bench.federated
+	$(BIN)/python -m bench.federated --write docs/federated.md
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers/test_fuzz.py --timeout 0

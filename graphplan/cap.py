@@ -17,6 +17,7 @@ _REFUSALS = (
     "bad_alloc",
     "bad allocation",
     "out of memory",
+    "could not create a primitive",  # oneDNN, of its own memory
 )
 
 

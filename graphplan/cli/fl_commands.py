@@ -25,6 +25,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Local batch size.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Local epochs of a round.")]
 Rate = Annotated[float, typer.Option(help="Local learning rate (SGD).")]
 Size = Annotated[str, typer.Option(help='"small" or "real": which size of a models_zoo model.')]
+Codecs = Annotated[str, typer.Option(help="Of hybrid plans: none, exact or lossy (rounds). Default: exact.")]
 Step = Annotated[bool, typer.Option("--step/--no-step", help="Plan whole steps, the update included.")]
 Program = Annotated[
     bool, typer.Option("--program/--no-program", help="Send programs, for clients that have not the model's source.")
@@ -50,6 +51,7 @@ def run(
     size: Size = "small",
     device: Device = None,
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
+    codecs: Codecs = "",
     step: Step = False,
     program: Program = False,
     as_json: AsJson = None,
@@ -63,7 +65,7 @@ def run(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=clients, per_round=per_round, rounds=rounds, seed=seed, fleet=text, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
-            step=step, program=program,
+            codecs=codecs, step=step, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_simulation(config, _listener(json_wanted)), json_wanted)
@@ -84,6 +86,7 @@ def up(
     size: Size = "small",
     device: Device = None,
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
+    codecs: Codecs = "",
     step: Step = False,
     program: Program = False,
     as_json: AsJson = None,
@@ -97,7 +100,7 @@ def up(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=len(budget), per_round=per_round or len(budget), rounds=rounds, seed=seed, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
-            step=step, program=program,
+            codecs=codecs, step=step, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_deployment(config, budget, _listener(json_wanted)), json_wanted)

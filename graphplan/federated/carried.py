@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from graphplan.federated.plans import unpack_texts
 from graphplan.measure import measure
-from graphplan.program import Program, ProgramTooLarge, read_program
-from graphplan.whole import WholeStep
+from graphplan.program import Program, ProgramStep, ProgramTooLarge, read_program
 
 
 @dataclass(slots=True)
@@ -22,7 +21,7 @@ class Carried:
     example: tuple[Tensor, Tensor]
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
-    steps: dict[int, WholeStep] = field(default_factory=dict)
+    steps: dict[int, ProgramStep] = field(default_factory=dict)
     measured: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -30,7 +29,7 @@ class Carried:
         self.model = self.programs[0].make_model()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
 
-    def program(self, order: object) -> WholeStep:
+    def program(self, order: object) -> ProgramStep:
         """Return the step of one of the programs.
 
         Raises:
@@ -40,6 +39,10 @@ class Carried:
         if program.peak_bytes not in self.steps:
             self.steps[program.peak_bytes] = program.bind(self.model, self.optimizer)
         return self.steps[program.peak_bytes]
+
+    def warm(self, order: object) -> None:
+        """Run each op of a program once, alone."""
+        self.program(order).warm()
 
     def peak(self, order: object) -> int:
         """Return the measured peak of one step in bytes, by the allocator's meter; each is measured once."""

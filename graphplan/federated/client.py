@@ -20,6 +20,7 @@ from graphplan.federated.config import RunConfig
 from graphplan.federated.data import Images
 from graphplan.federated.execution import Order, Outcome, Refused, Sized, Trainer, Trains, train
 from graphplan.federated.fleet import draw, read_fleet
+from graphplan.federated.methods import METHODS
 from graphplan.federated.plans import unpack
 from graphplan.federated.shrink import same_shapes
 from graphplan.federated.task import batches, images_of, number_of, share_of, task_of
@@ -166,7 +167,9 @@ def _profile(config: RunConfig) -> Device | None:
     """Return what this machine measured of the task's ops; None in a simulation, and without the model's source."""
     if config.fleet or config.device or config.program:
         return None
-    return _trainer(config, 1.0).profile()
+    execution = METHODS[config.method].execution.under(config)
+    whole = config.whole and execution.planned
+    return _trainer(config, 1.0).profile(execution.codecs, whole=whole)
 
 
 def _client(context: Context) -> int:

@@ -18,7 +18,8 @@ class RunConfig:
 
     `fleet` is the text of a fleet file ("": every node says its own budget); `device` the path of a saved
     graphplan.Device that all clients are like ("": each measures itself); `out` where the server writes its
-    events; `cap` puts local training under RLIMIT_DATA; `step` plans whole steps, the update included; `program`
+    events; `cap` puts local training under RLIMIT_DATA; `codecs` is what hybrid plans may use ("": what
+    the method says; "lossy" rounds); `step` plans whole steps, the update included; `program`
     sends such steps as programs, for clients that have not the model's source.
     """
 
@@ -38,6 +39,7 @@ class RunConfig:
     points: int = 16
     time_limit: float = 20.0
     cap: bool = False
+    codecs: str = ""
     step: bool = False
     program: bool = False
     device: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,11 +20,10 @@ from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.federated.budget import Budget
 from graphplan.federated.task import Task, task_loss, task_options
-from graphplan.instructions import instructions_of
 from graphplan.measure import measure, resident_bytes
+from graphplan.optimize import prepare
 from graphplan.plan import Plan
 from graphplan.planned import PlannedModule
-from graphplan.profile import profile as measure_ops
 from graphplan.step import TrainStep
 from graphplan.whole import WholeStep
 
@@ -58,6 +57,9 @@ class Trains(Protocol):
 
     def program(self, order: Sized | None) -> nn.Module | WholeStep:
         """Return what runs a step; None is plain PyTorch."""
+
+    def warm(self, order: Sized | None) -> None:
+        """Run each op once, alone: what kernels set up for themselves then exists before a cap is set."""
 
     def peak(self, order: Sized | None) -> int:
         """Return the measured peak of one step in bytes."""
@@ -102,6 +104,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer = field(init=False)
     programs: dict[int, PlannedModule | TrainStep] = field(default_factory=dict)
     measured: dict[int, int] = field(default_factory=dict)
+    warmed: bool = False
     bases: dict[tuple[tuple[str, ...], bool], PlannedModule | TrainStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +138,12 @@ class Trainer:
         self.programs[_key(plan)] = planned
         return plan
 
+    def warm(self, order: Sized | None) -> None:
+        """Run each op once, alone, unless profiling has done so here."""
+        if order is not None and self.device is not None and not self.warmed:
+            plan, self.warmed = cast(Plan, order), True
+            Trainer(self.task).profile(plan.codecs or "none", whole=bool(plan.update))
+
     def _example(self, whole: bool) -> tuple[Tensor, ...]:
         return self.task.example if whole else self.task.example[:1]
 
@@ -149,13 +158,18 @@ class Trainer:
             self.bases[key] = PlannedModule(self.model, options)
         return self.bases[key]
 
-    def profile(self) -> Device:
-        """Return what this machine needs for each op of the task's step; measured once."""
-        codecs = choose_codecs("exact")
+    def profile(self, codecs: str | Iterable[str] = "lossy", *, whole: bool = False) -> Device:
+        """Return what this machine needs for each op of the task's step, with these codecs; measured once."""
         if self.device is None:
-            captured = capture(self.model, (self.task.example[0],))
-            device = Device.this(self.task.example[0].device)
-            measure_ops(captured.graph, instructions_of(captured.graph, codecs), device)
+            images = self.task.example[0]
+            options = task_options(self.task, "100%", codecs)
+            if whole:
+                step = TrainStep(self.model, task_loss, self.optimizer, options)
+                captured = step.source(*self.task.example).captures()[0]
+            else:
+                captured = capture(self.model, (images,))
+            device = Device.this(images.device)
+            prepare(captured, options, device)
             self.device = device
         return self.device
 
@@ -223,6 +237,8 @@ class _Run:
             self.plan, self.moves = plan, self.moves + 1
         program = self.trainer.program(plan)
         self.trainer.model.train()
+        if self.order.capped:
+            self.trainer.warm(plan)
         resident = resident_bytes(self.trainer.model, *batches[position])
         with Cap(allowed - resident) if self.order.capped else contextlib.nullcontext() as cap:
             while position < len(batches):

@@ -56,7 +56,7 @@ def run_simulation(config: RunConfig, on_event: OnEvent) -> Report:
     """
     actors = max(1, min(os.cpu_count() or 1, config.per_round))
     federation = f"num-supernodes={config.clients} client-resources-num-cpus=1 init-args-num-cpus={actors}"
-    with _workplace(config) as place:
+    with workplace(config) as place:
         place.start_superlink("--simulation")
         return place.run(("--federation-config", federation), on_event)
 
@@ -67,7 +67,7 @@ def run_deployment(config: RunConfig, budgets: Sequence[str], on_event: OnEvent)
     Raises:
         LaunchError: Flower cannot be started or fails.
     """
-    with _workplace(replace(config, clients=len(budgets))) as place:
+    with workplace(replace(config, clients=len(budgets))) as place:
         place.start_superlink()
         for index, budget in enumerate(budgets):
             place.start_supernode(index, len(budgets), budget)
@@ -114,7 +114,7 @@ class _Workplace:
                 [program, *arguments], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 cwd=self.folder, env=self.environment(), start_new_session=True,
             )  # fmt: skip
-        self.stack.callback(_stop, process)
+        self.stack.callback(stop, process)
         return process
 
     def environment(self) -> dict[str, str]:
@@ -162,7 +162,7 @@ class _Workplace:
 
 
 @contextlib.contextmanager
-def _workplace(config: RunConfig) -> Iterator[_Workplace]:
+def workplace(config: RunConfig) -> Iterator[_Workplace]:
     """Yield a scratch folder that holds the app and the run's options; stop all that was started on leaving."""
     with tempfile.TemporaryDirectory(prefix="graphplan-fl-") as name, contextlib.ExitStack() as stack:
         folder, port = Path(name), free_port()
@@ -210,7 +210,7 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a process to stop; then end its session, whose id is its own, and what it started in other sessions."""
     family: list[Any] = []
     if process.poll() is None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import solvers
-from graphplan.capture import Capture
-from graphplan.choices import frontier, prepare_candidates
+from graphplan.choices import Candidate, frontier, prepare_candidates
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError
 from graphplan.federated.config import RunConfig
@@ -42,6 +41,11 @@ class Execution:
     solver: str = "auto"
     recompute: bool = True
 
+    def under(self, config: RunConfig) -> Execution:
+        """Return it with the codecs that the run asks for, where they are free to be chosen."""
+        free = self.planned and self.recompute and self.codecs != "none" and config.codecs
+        return replace(self, codecs=config.codecs) if free else self
+
 
 @dataclass(slots=True)
 class Planner:
@@ -54,7 +58,7 @@ class Planner:
     cache: FrontierCache = field(init=False)
     profiled: Device | None = None  # what was planned for last
     texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
-    grounds: dict[str, tuple[Capture, Prepared]] = field(default_factory=dict)  # what each class was planned for
+    grounds: dict[str, Candidate] = field(default_factory=dict)  # what each class was planned on
 
     def __post_init__(self) -> None:
         """Start with an empty cache."""
@@ -87,14 +91,15 @@ class Planner:
         """Return the plan, or the program that runs it, as JSON."""
         if not self.config.program:
             return plan.to_json()
-        captured, prepared = self.grounds[device_class]
-        program = WholeProgram.of(captured, prepared, plan)
+        ground = self.grounds[device_class]
+        program = WholeProgram.of(ground.captured, ground.prepared, plan)
         return write_program(self.task.model, program, plan, list(self.task.example))
 
     def _make(self, key: Hashable) -> Frontier:
         device_class = key[0] if isinstance(key, tuple) else ""
         execution, (images, labels) = self.execution, self.task.example
-        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit)
+        given = self.devices.get(device_class)
+        options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit, given)
         model = self.task.fresh()
         if self.config.whole and execution.planned:
             optimizer = torch.optim.SGD(model.parameters(), self.config.learning_rate)
@@ -102,13 +107,11 @@ class Planner:
             options, source = step.options, step.source(images, labels)
         else:
             source = Source.of(model, (images,), {}, options)
-        device = self.devices.get(device_class)
-        options = replace(options, device=device)  # one that was reported is not measured here
-        device = device or Device.this(images.device)
-        # Of a whole step's forms the first: it has every bit of the plain one.
+        device = given or Device.this(images.device)
+        # The first form alone: the others, where a step has any, change the last bits of its numbers.
         (candidate,) = prepare_candidates(source.captures()[:1], options, device, source)
+        self.profiled, self.grounds[device_class] = device, candidate
         prepared = candidate.prepared
-        self.profiled, self.grounds[device_class] = device, (candidate.captured, prepared)
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))

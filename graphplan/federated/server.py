@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     if config.method not in METHODS:
         raise FederatedError(f"no method {config.method!r}; there are {', '.join(METHODS)}")
     method = METHODS[config.method]
+    method = replace(method, execution=method.execution.under(config))
     _check_whole(method, config)
     task_of(config).check(config)
     wait_for_nodes(grid, config.clients, config.timeout)

@@ -68,7 +68,7 @@ PLAIN: dict[str, Target] = {
     "clip_factor": clip_factor,
     **{f.__name__: f for f in (slices.batch_norm_backward_, slices.convolution_input_gradient)},
     slices.convolution_weight_gradient.__name__: slices.convolution_weight_gradient,
-    **{rule.update.__name__: rule.update for rule in RULES.values()},
+    **{f.__name__: f for rule in RULES.values() for f in (rule.update, rule.of_product)},
 }
 _NAMES = {id(f): name for name, f in PLAIN.items()}
 

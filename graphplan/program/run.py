@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from graphplan.capture import flatten_call
@@ -25,6 +26,26 @@ class ProgramStep(WholeStep):
         """Hold what a step needs."""
         self.model, self.optimizer = model, optimizer
         self._slots, self._program, self._inputs = slots, program, tuple(inputs)
+
+    def warm(self) -> None:
+        """Run each call once on tensors of zeros: what kernels set up for themselves is then in place.
+
+        Takes the memory of one call at a time.
+        """
+        settings = dict(self.optimizer.param_groups[0])
+
+        def made(node: fx.Node) -> Any:
+            value = node.meta["val"]
+            if isinstance(value, dict):
+                return dict(settings) if value else {}
+            parts = value if isinstance(value, tuple | list) else (value,)
+            zeros = [Geometry.of(v).empty().zero_() if isinstance(v, Tensor) else v for v in parts]
+            return zeros if isinstance(value, tuple | list) else zeros[0]
+
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for node in self._program.module.graph.find_nodes(op="call_function"):
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), made)
+                node.target(*args, **kwargs)
 
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """Train on one batch of the program's geometry; return the loss.

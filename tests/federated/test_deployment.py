@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
 
 from graphplan.federated import RunConfig
-from graphplan.federated.launch import run_deployment
+from graphplan.federated.launch import run_deployment, stop, workplace
 from graphplan.federated.testing import run_in_process
 
 
@@ -39,3 +40,26 @@ def test_two_rounds_on_three_supernodes_with_different_budgets(config: RunConfig
     # Plans change no number: the same clients with memory to spare, in one process, end where these did.
     roomy = config.fleet or '[[class]]\nname="a"\nshare=1\nmemory=[2.0,2.0]\nspeed=1\nuplink_mbps=1\ndownlink_mbps=1\n'
     assert run_in_process(replace(config, fleet=roomy))["loss"] == report["loss"]
+
+
+@pytest.mark.slow
+def test_a_supernode_that_restarts_takes_part_again(config: RunConfig) -> None:
+    """A process ends while the run goes on, and another begins with the same partition: it is met and asked."""
+    config = replace(config, method="random_hybrid", fleet="", clients=3, per_round=3, rounds=4, timeout=150.0)
+    with workplace(config) as place:
+        place.start_superlink()
+        nodes = [place.start_supernode(i, 3, "2MB") for i in range(3)]
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["event"] == "round" and event["round"] == 1:
+                stop(nodes[2])
+                nodes[2] = place.start_supernode(2, 3, "1500KB")
+
+        report = place.run((), listen).json()
+    first, *_, last = report["rounds"]
+    assert (first["clients"], last["clients"]) == ([0, 1, 2], [0, 1, 2])
+    assert len(report["rounds"]) == 4
+    assert all({0, 1} <= set(r["clients"]) for r in report["rounds"])
+    back = report["clients"][2]
+    assert back["budget_bytes"] == 1_500_000
+    assert back["measured_peak_bytes"] <= 1_500_000
