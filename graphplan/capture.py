@@ -114,10 +114,12 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
         raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
-            with _silenced():
+            with _silenced(), _own_backwards_refused():
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
+        except UnsupportedModel:
+            raise
         except Exception as second:
             raise _explain(flat.model, first, second) from second
 
@@ -147,6 +149,28 @@ def _silenced() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _own_backwards_refused() -> Iterator[None]:
+    """Refuse a torch.autograd.Function: torch.export keeps its forward and forgets its backward.
+
+    Raises:
+        UnsupportedModel: one is called.
+    """
+    own = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModel(
+            f"the model calls {cls.__name__}, a torch.autograd.Function, and holds tensors that are neither parameters "
+            "nor buffers (or changes its attributes): its backward would be lost; register the tensors as buffers"
+        )
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = own  # type: ignore[method-assign]
 
 
 def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
