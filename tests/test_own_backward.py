@@ -47,6 +47,6 @@ def test_its_gradients_are_kept() -> None:
 
 
 def test_where_its_backward_would_be_lost_it_is_refused() -> None:
-    with pytest.raises(graphplan.UnsupportedModel, match="StraightThrough.*register"):
+    with pytest.raises(graphplan.UnsupportedModel, match=r"StraightThrough.*register"):
         graphplan.optimize(Rounded(registered=False), "100%", (torch.randn(16, 8),), time_limit=2)
     assert StraightThrough.apply(torch.tensor(0.6)) == 1
