@@ -24,6 +24,7 @@ from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
 from graphplan.normalise import Extend
+from graphplan.recurrent import recurrent_layers_that_train
 from graphplan.tree import Template
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -75,7 +76,7 @@ def capture(
         )
     flat = _Flat(model, template)
     # Tracing must not draw from the user's RNG stream.
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _restored(model):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _restored(model), recurrent_layers_that_train():
         traced, joint = _climb(flat, tensors)
     owner, prefix = (model, "model.") if inner is None else (inner, "model.model.")
     graph = build_graph(joint, owner, traced, type(owner).__name__, prefix, extend)

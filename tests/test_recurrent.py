@@ -1,0 +1,27 @@
+"""Recurrent layers with dropout between them: the plain model's numbers and its random stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import graphplan
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_dropout_between_layers(layer: type[nn.RNNBase], bidirectional: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = layer(8, 16, 3, dropout=0.4, bidirectional=bidirectional, batch_first=batch_first)
+    x = torch.randn(4, 6, 8)
+    planned = graphplan.optimize(model, "100%", (x,), time_limit=2)
+    torch.manual_seed(1)
+    expected, _ = model(x)
+    stream = torch.get_rng_state()
+    torch.manual_seed(1)
+    found, _ = planned(x)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(torch.get_rng_state(), stream)
+    graphplan.verify(planned, model, (x,))
