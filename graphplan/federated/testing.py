@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -80,6 +81,10 @@ def run_in_process(config: RunConfig, grid: InProcessGrid | None = None) -> dict
     """Run `config` on the double and return the same report as `graphplan fl run --json`."""
     from graphplan.federated.report import Report
 
-    report = Report(config)
-    serve(grid or InProcessGrid(config), config, report.take)
+    report, threads = Report(config), torch.get_num_threads()
+    torch.set_num_threads(1)  # as clients of Flower's engines have: sums over more differ in their last bits
+    try:
+        serve(grid or InProcessGrid(config), config, report.take)
+    finally:
+        torch.set_num_threads(threads)
     return report.json()
