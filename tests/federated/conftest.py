@@ -44,5 +44,5 @@ def config(device: str) -> RunConfig:
     """Four clients, two of which need a plan."""
     return RunConfig(
         model="models_zoo:cnn", partition="iid", clients=4, per_round=4, rounds=1, fleet=FLEET, points=4,
-        time_limit=3.0, device=str(Path(device)), seed=2,
+        time_limit=30.0, device=str(Path(device)), seed=2,
     )  # fmt: skip
