@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.page import write_between
@@ -82,10 +83,10 @@ def sides() -> Cases:
         of = list(consts) if side in ("above", "inside") else []
         name, packed, values = op.overloadpacket.__name__, pack_sides(x, [side], of), list(SIDES[side].values(*of))
         plain, over, args = from_sides(op, 1), from_sides(op, 1, 0), (packed, 0, values, *like, *out, grad, *consts)
-        cases[f"float32 -> bits ({side})"] = (lambda s=side, c=of: pack_sides(x, [s], c), None)  # type: ignore[misc]
-        cases[f"{name} itself"] = (lambda op=op, c=consts: op(grad, x, *c), None)  # type: ignore[misc]
-        cases[f"{name} from bits"] = (lambda op=plain, a=args: op(*a), None)  # type: ignore[misc]
-        cases[f"{name} from bits, over grad"] = (lambda op=over, a=args: op(*a), None)  # type: ignore[misc]
+        cases[f"float32 -> bits ({side})"] = (partial(pack_sides, x, [side], of), None)
+        cases[f"{name} itself"] = (partial(op, grad, x, *consts), None)
+        cases[f"{name} from bits"] = (partial(plain, *args), None)
+        cases[f"{name} from bits, over grad"] = (partial(over, *args), None)
     dropout = aten.native_dropout_backward.default
     form, args = from_sides(dropout, 1), (bits, 0, [0.0, 1.0], torch.bool, (NUMEL,), (1,), *out, grad, 1.25)
     cases["native_dropout_backward itself"] = (lambda: dropout(grad, mask, 1.25), None)
@@ -141,12 +142,9 @@ def groups() -> Cases:
         if fast:
             warm_up(bits, x.dtype, x.device)
         code = quantise(x, bits, 1, 1)
-        cases[f"pack {name}, {words}"] = (lambda b=bits: quantise(x, b, 1, 1), pack_targets.get(bits))  # type: ignore[misc]
+        cases[f"pack {name}, {words}"] = (partial(quantise, x, bits, 1, 1), pack_targets.get(bits))
         target = unpack_target if bits in pack_targets else None
-        cases[f"unpack {name}, {words}"] = (
-            lambda b=bits, c=code: dequantise(c, b, x.shape, x.stride(), x.dtype),
-            target,
-        )  # type: ignore[misc]
+        cases[f"unpack {name}, {words}"] = (partial(dequantise, code, bits, x.shape, x.stride(), x.dtype), target)
     return cases
 
 
@@ -158,8 +156,8 @@ def in_tree() -> Cases:
     for name in ("byte", "4bit", "2bit"):
         pack = getattr(torch.ops.quantized, f"embedding_bag_{name}_prepack")
         unpack, code = getattr(torch.ops.quantized, f"embedding_bag_{name}_unpack"), pack(x)
-        cases[f"embedding_bag_{name}_prepack"] = (lambda p=pack: p(x), None)  # type: ignore[misc]
-        cases[f"embedding_bag_{name}_unpack"] = (lambda u=unpack, c=code: u(c), None)  # type: ignore[misc]
+        cases[f"embedding_bag_{name}_prepack"] = (partial(pack, x), None)
+        cases[f"embedding_bag_{name}_unpack"] = (partial(unpack, code), None)
     return cases
 
 
@@ -176,8 +174,8 @@ def indices() -> Cases:
         pooling = ((128, 128), (kernel,) * 2, (2, 2), (padding,) * 2, (1, 1))
         packed, size, stride = pack_pool_indices(found, *pooling), tuple(found.shape), found.stride()
         name = f"{kernel}x{kernel} pool indices"
-        cases[f"{name} -> bits"] = (lambda i=found, p=pooling: pack_pool_indices(i, *p), None)  # type: ignore[misc]
-        cases[f"{name} <- bits"] = (lambda c=packed, g=(size, stride, *pooling): unpack_pool_indices(c, *g), None)  # type: ignore[misc]
+        cases[f"{name} -> bits"] = (partial(pack_pool_indices, found, *pooling), None)
+        cases[f"{name} <- bits"] = (partial(unpack_pool_indices, packed, size, stride, *pooling), None)
     small = narrow_integers(found, torch.int16)
     cases["int64 -> int16"] = (lambda: narrow_integers(found, torch.int16), None)
     cases["int64 <- int16"] = (lambda: widen_integers(small, torch.int64), None)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import linecache
 import logging
+import threading
 import traceback
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,9 +160,11 @@ def _own_backwards_refused() -> Iterator[None]:
     Raises:
         UnsupportedModel: one is called.
     """
-    own = torch.autograd.Function.__dict__["apply"]
+    own, here = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != here:  # another thread's training goes on
+            return own.__get__(None, cls)(*args, **kwargs)
         raise UnsupportedModel(
             f"the model calls {cls.__name__}, a torch.autograd.Function, and holds tensors that are neither parameters "
             "nor buffers (or changes its attributes): its backward would be lost; register the tensors as buffers"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from solvers.evaluate import keep_everything, to_schedule
+from solvers.evaluate import keep_everything, peaks, to_schedule
 from solvers.greedy import descend, polish
 from solvers.ladder import Low
 from solvers.problem import Kind, Op, OpId, Problem, Schedule, ValueId
@@ -172,14 +172,7 @@ def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...]) -> l
     """Return the highest steps after the turn, none close to another."""
     level = np.array(bytes_at, np.int64)
     level[: schedule.index(problem.program[problem.turn]) + 1] = -1
-    apart, found = max(1, len(level) // 200), list[int]()
-    for _ in range(TURNS):
-        t = int(np.argmax(level))
-        if level[t] < 0:
-            break
-        found.append(t)
-        level[max(0, t - apart) : t + apart + 1] = -1
-    return found
+    return peaks(level, TURNS)
 
 
 def _spare(search: Search, schedule: Schedule) -> Schedule:

@@ -236,3 +236,16 @@ class _Sweep:
         after = np.where(self.encode > 0, level - workspace[:, None] + self.encode, 0)
         refused = (self.noise > self.units.problem.noise_limit_ppb) | (self.cost >= CLASH_NS)
         return Profiles(self.cost, np.maximum(level, np.maximum(before, after)), refused)
+
+
+def peaks(level: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list[int]:
+    """Return the `count` highest positions of a profile, none close to another."""
+    level, found = level.astype(np.int64).copy(), list[int]()
+    apart = max(1, len(level) // 200)
+    for _ in range(count):
+        t = int(np.argmax(level))
+        if level[t] < 0:
+            break
+        found.append(t)
+        level[max(0, t - apart) : t + apart + 1] = -1
+    return found

@@ -18,7 +18,7 @@ from solvers.any_plan import any_plan_bound
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor
 from solvers.cuts import explain
 from solvers.epochs import Cut, EpochModel
-from solvers.evaluate import Fates, keep_everything, profiles, to_schedule
+from solvers.evaluate import Fates, keep_everything, peaks, profiles, to_schedule
 from solvers.greedy import improve, polish, repair
 from solvers.problem import Limits, Problem, Solution, Status
 from solvers.relax import LINEAR_SIZE, LinearProgram, round_all
@@ -169,19 +169,6 @@ def start_rows(units: Units, *plans: Fates | None, spread: int = 0) -> set[int]:
         if fates is not None:
             rows.update(peaks(profiles(units, fates[None, :]).bytes_at[:, 0], 6 if spread else FIRST_ROWS))
     return rows
-
-
-def peaks(level: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list[int]:
-    """Return the `count` highest positions of a profile, none close to another."""
-    level, found = level.astype(np.int64).copy(), list[int]()
-    apart = max(1, len(level) // 200)
-    for _ in range(count):
-        t = int(np.argmax(level))
-        if level[t] < 0:
-            break
-        found.append(t)
-        level[max(0, t - apart) : t + apart + 1] = -1
-    return found
 
 
 def new_rows(level: np.ndarray[tuple[int], np.dtype[np.int64]], above: int, known: set[int]) -> list[int]:
