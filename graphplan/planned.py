@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, update_wrapper
 from typing import Any, overload
 
 import torch
@@ -28,6 +29,15 @@ from graphplan.units import check_budget
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
+class _Forward:
+    """`forward` under the wrapped model's signature, from which training loops read which inputs to pass."""
+
+    def __get__(self, planned: PlannedModule | None, owner: type | None = None) -> Callable[..., Any]:
+        if planned is None:
+            return PlannedModule._call
+        return update_wrapper(partial(planned._call), planned._model.forward)
+
+
 class PlannedModule(nn.Module):
     """What `optimize` returns. Training calls run the plan; evaluation and `no_grad` run the plain model.
 
@@ -45,7 +55,9 @@ class PlannedModule(nn.Module):
         self._options = options
         self._planner = Planner(options, model, _build)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    forward = _Forward()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: planned while training with gradients, plain otherwise."""
         model = self._model
         if not (self.training and torch.is_grad_enabled()):
@@ -127,6 +139,12 @@ class PlannedModule(nn.Module):
         new._planner.copy_of(self._planner)
         memo[id(self)] = new
         return new
+
+    def __reduce__(self) -> tuple[Callable[..., PlannedModule], tuple[Any, ...]]:
+        """Pickle the model and what was asked for: the plan is made anew where it is loaded, at the first call."""
+        o = self._options
+        asked = (o.codec_names or "none", o.gradient_noise, o.solver, o.time_limit, o.device)
+        return optimize, (self._model, o.budget, None, None, *asked, o.loss_fn, o.example_targets, o.noise)
 
     def entry(self) -> Entry[Step]:
         """Return the latest plan with what it was made from and the program that runs it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -230,6 +232,28 @@ def test_deepcopy_and_state_dict() -> None:
     assert twin(x).abs().max() == twin.head.bias.abs().max()
     planned.load_state_dict(twin.state_dict())
     torch.testing.assert_close(planned.head.weight, twin.head.weight)
+
+
+def test_a_saved_module_plans_anew_where_it_is_loaded() -> None:
+    x, file = torch.randn(64, 16), io.BytesIO()
+    planned = graphplan.optimize(Net(), "90%", (x,), codecs=("bitmask",), time_limit=5)
+    torch.save(planned, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert again._entries == {}
+    for module in (planned, again):
+        torch.manual_seed(1)
+        module(x).sum().backward()
+    for (name, p), q in zip(planned.named_parameters(), again.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+    assert again.plan.codecs == planned.plan.codecs
+
+
+def test_forward_has_the_models_signature() -> None:
+    model = Net()
+    planned = graphplan.optimize(model, "90%")
+    assert inspect.signature(planned.forward) == inspect.signature(model.forward)
+    assert "kwargs" in inspect.signature(type(planned).forward).parameters
 
 
 def test_to_dtype_before_planning() -> None:
