@@ -78,6 +78,17 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """What is decoded differs: `mean_square_error` of an activation, which grows and shrinks with its noise.
+
+    Noise is replayed for the code of the name `reference`, and scaled to the others that name it.
+    """
+
+    reference: str
+    mean_square_error: Callable[[Tensor], float]
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A storage that only a codec makes. `like` is a meta tensor of its shape and dtype."""
 
@@ -87,7 +98,12 @@ class Encoded:
     of: int  # the storage that it encodes
     codec: str
     like: Tensor = field(repr=False, compare=False)
-    lossy: bool = False  # what is decoded from it differs
+    loss: Loss | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether what is decoded from it differs."""
+        return self.loss is not None
 
 
 @dataclass(frozen=True, slots=True)

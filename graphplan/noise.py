@@ -4,7 +4,8 @@ For an activation l under a code, rho = sum over parameters p of w_p * E||g'_p -
 of a backward pass that reads the code of l, and w_p = 1 / variance of the batch gradient: of all parameters together
 (SGD), or of each (Adam, which divides by it; the sum is then a mean over elements). Rounding errors of different
 activations are independent, so their rho add up (reference: ActNN, Chen et al. 2021; GACT, Liu et al. 2022, warns
-where the sum passes 0.1). One replay under REFERENCE's bits is scaled to other codes by their mean square errors.
+where the sum passes 0.1). One replay under a reference code is scaled to its kin by their mean square errors: int4 for
+roundings of the activation itself, fewbit4 for those of a derivative at it.
 
 The estimates belong to the model and the data, not to the machine: they can be saved and shipped.
 """
@@ -24,16 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from graphplan.capture import Capture, capture, flatten_call
-from graphplan.codecs import CODECS, Lossy, choose_codecs
+from graphplan.codecs import choose_codecs
 from graphplan.errors import GraphplanError
-from graphplan.instructions import Instruction, Instructions, instructions_of
+from graphplan.instructions import Instruction, Instructions, Loss, instructions_of
 from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes
 from graphplan.rewrite import Rewritten
 from graphplan.runtime import like_traced
 from graphplan.tree import as_tuple
 
-FORMAT = "graphplan-noise-1"
-REFERENCE = "int4"
+FORMAT = "graphplan-noise-2"
 PPB = 1_000_000_000
 REFUSED_PPB = 2 * PPB  # above any limit
 BIAS_LIMIT = 0.2  # of an error's square: rounding that leans one way does not average out over steps
@@ -48,7 +48,7 @@ class NoiseFormatError(GraphplanError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Estimates for one model and batch. `rho[activation][codec]`; `bias[activation]`: of the error, at REFERENCE.
+    """Estimates for one model and batch. `rho[activation][codec]`; `bias` alike, of the error at the codec's reference.
 
     `gradient_variance` is E||g - E g||^2 of the batch gradient; `weights` are "sgd" or "adam".
     """
@@ -57,12 +57,12 @@ class Noise:
     weights: str
     gradient_variance: float
     rho: dict[str, dict[str, float]]
-    bias: dict[str, float]
+    bias: dict[str, dict[str, float]]
 
     def ppb(self, activation: str, codec: str) -> int:
         """Return rho in parts per billion, rounded up; above any limit where it is refused or unknown."""
         rho = self.rho.get(activation, {}).get(codec, math.inf)
-        if not math.isfinite(rho) or rho >= 1 or self.bias.get(activation, 0.0) > BIAS_LIMIT:
+        if not math.isfinite(rho) or rho >= 1 or self.bias.get(activation, {}).get(codec, 0.0) > BIAS_LIMIT:
             return REFUSED_PPB
         return math.ceil(rho * PPB)
 
@@ -91,8 +91,10 @@ class Noise:
                 raise NoiseFormatError(
                     f"{path}: expected format {FORMAT!r} with fields {[f.name for f in fields(Noise)]}"
                 )
-            rho = {str(a): {str(c): float(r) for c, r in found.items()} for a, found in data["rho"].items()}
-            bias = {str(a): float(b) for a, b in data["bias"].items()}
+            rho, bias = (
+                {str(a): {str(c): float(f) for c, f in found.items()} for a, found in data[table].items()}
+                for table in ("rho", "bias")
+            )
             return Noise(str(data["model"]), str(data["weights"]), float(data["gradient_variance"]), rho, bias)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
             if isinstance(e, NoiseFormatError):
@@ -145,10 +147,9 @@ def estimate(
     tape = Tape(captured, batch, keep=True)
     slots = list(_slots(captured, instructions))
     rho: dict[str, dict[str, float]] = {}
-    bias: dict[str, float] = {}
+    bias: dict[str, dict[str, float]] = {}
     for i, slot in enumerate(slots):
-        found = _replay(tape, slot, scale)
-        rho[slot.activation], bias[slot.activation] = ({}, 0.0) if found is None else found
+        rho[slot.activation], bias[slot.activation] = _replay(tape, slot, scale)
         if report:
             report("noise of each activation", i + 1, len(slots))
     return Noise(captured.graph.name, weights, total, rho, bias)
@@ -192,52 +193,69 @@ def measure_noise(captured: Capture, rewritten: Rewritten, batch: Batch, weights
 
 
 @dataclass(frozen=True, slots=True)
+class _Way:
+    """A code of an activation: its encode and the instructions that read values from it."""
+
+    loss: Loss
+    encode: Instruction
+    readers: list[Instruction]
+
+
+@dataclass(frozen=True, slots=True)
 class _Slot:
-    """An activation and, for each codec, its encode and the instructions that read values from the code."""
+    """An activation and its codes by their codecs."""
 
     activation: str
     storage: int
-    ways: Mapping[str, tuple[Instruction, list[Instruction]]]
+    ways: Mapping[str, _Way]
+
+    def kin(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the codec whose noise is replayed, and all that are scaled to it: itself too."""
+        found: dict[str, list[str]] = {}
+        for name, way in self.ways.items():
+            found.setdefault(way.loss.reference, []).append(name)
+        for reference, names in found.items():
+            yield reference if reference in names else names[0], names
 
 
 def _slots(captured: Capture, instructions: Instructions) -> Iterator[_Slot]:
-    ways: dict[int, dict[str, tuple[Instruction, list[Instruction]]]] = {}
+    ways: dict[int, dict[str, _Way]] = {}
     for e in instructions.encoded:
-        if e.lossy:
+        if e.loss is not None:
             encode = next(i for i in instructions.items if i.kind == "encode" and e.id in i.writes)
             readers = [i for i in instructions.items if i.kind == "variant" and e.id in i.reads]
-            ways.setdefault(e.of, {})[e.codec] = (encode, readers)
+            ways.setdefault(e.of, {})[e.codec] = _Way(e.loss, encode, readers)
     for s, found in ways.items():
         yield _Slot(captured.graph.storages[s].name, s, found)
 
 
-def _replay(tape: Tape, slot: _Slot, scale: Mapping[str, float]) -> tuple[dict[str, float], float] | None:
-    """Return rho for each codec, and the bias; None where the activation is not finite: it is to be kept."""
-    chosen = REFERENCE if REFERENCE in slot.ways else next(iter(slot.ways))
+def _replay(tape: Tape, slot: _Slot, scale: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return rho and the bias for each codec; none where the activation is not finite: it is to be kept."""
     node = next(n for n in tape.values if tape.graph.storages_of[n.name] == (slot.storage,))
     x = tape.values[node]
-    if not bool(torch.isfinite(x).all()):
-        return None
-    encode, readers = slot.ways[chosen]
+    rho: dict[str, float] = {}
+    bias: dict[str, float] = {}
+    for chosen, kin in slot.kin() if bool(torch.isfinite(x).all()) else ():
+        noise, lean = _replay_code(tape, slot.ways[chosen], scale)
+        errors = {name: slot.ways[name].loss.mean_square_error(x) for name in kin}
+        for name, error in errors.items():
+            constant = 0.0 if error == 0 else math.inf  # where the replayed code is exact
+            rho[name] = noise * error / errors[chosen] if errors[chosen] else constant
+            bias[name] = lean
+    return rho, bias
+
+
+def _replay_code(tape: Tape, way: _Way, scale: Mapping[str, float]) -> tuple[float, float]:
+    """Return the noise of one code and its bias."""
 
     def differences(key: int) -> dict[str, Tensor]:
-        found = changed_gradients(tape, encode, readers, key)
+        found = changed_gradients(tape, way.encode, way.readers, key)
         return {n: g - tape.gradient(n) for n, g in found.items()}
 
     made = [differences(key) for key in KEYS]
     if _lean(made, scale) > BIAS_LIMIT:  # two errors of few elements look alike by chance
         made.extend(differences(key) for key in MORE_KEYS)
-    noise = statistics.mean(_inner(d, d, scale) for d in made)
-    errors = {name: _codec(name).mean_square_error(x) for name in slot.ways}
-    if not errors[chosen]:  # exact: a constant
-        return {name: 0.0 if e == 0 else math.inf for name, e in errors.items()}, 0.0
-    return {name: noise * e / errors[chosen] for name, e in errors.items()}, _lean(made, scale)
-
-
-def _codec(name: str) -> Lossy:
-    codec = CODECS[name]
-    assert isinstance(codec, Lossy)
-    return codec
+    return statistics.mean(_inner(d, d, scale) for d in made), _lean(made, scale)
 
 
 def _lean(differences: Sequence[Mapping[str, Tensor]], scale: Mapping[str, float]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import graphplan
 from graphplan.capture import Capture, capture
 from graphplan.codecs import CODECS, choose_codecs
-from graphplan.codecs.lossy import DECIDES
+from graphplan.codecs.lossy import DECIDES, Lossy
 from graphplan.functions import group
 from graphplan.instructions import Instructions, instructions_of
 from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
@@ -25,6 +25,7 @@ from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 
 LOSSY = [name for name, codec in CODECS.items() if not codec.exact]
+FOR_ALL = [name for name in LOSSY if isinstance(CODECS[name], Lossy)]  # the others ask for a GELU
 
 
 def conv_net() -> nn.Module:
@@ -118,7 +119,7 @@ def test_only_backward_ops_read_a_code(name: str) -> None:
     captured, instructions = offered(model, x)
     codes = {e.id for e in instructions.encoded if e.lossy}
     readers = [i for i in instructions.items if codes & set(i.reads)]
-    assert len(readers) >= 4 * len(LOSSY)
+    assert len(readers) >= 4 * len(FOR_ALL)
     for item in readers:
         assert item.kind == "variant"
         assert item.op is not None
@@ -126,11 +127,13 @@ def test_only_backward_ops_read_a_code(name: str) -> None:
         assert op.backward
         assert op.node.target not in DECIDES
     assert not any(codes & set(i.writes) for i in instructions.items if i.kind != "encode")
-    assert {e.codec for e in instructions.encoded if e.lossy} == set(LOSSY)
+    made = {e.codec for e in instructions.encoded if e.lossy}
+    assert made == (set(FOR_ALL) if name == "conv" else set(LOSSY))
 
 
-@pytest.mark.parametrize("codec", LOSSY)
-@pytest.mark.parametrize("name", ["conv", "transformer"])
+@pytest.mark.parametrize(
+    ("name", "codec"), [*(("conv", codec) for codec in FOR_ALL), *(("transformer", codec) for codec in LOSSY)]
+)
 def test_a_step_from_codes(name: str, codec: str) -> None:
     """Outputs are exact; gradients are near, the nearer the more bits; a step has its own rounding."""
     model, x, _ = case(name)
@@ -142,7 +145,8 @@ def test_a_step_from_codes(name: str, codec: str) -> None:
     assert torch.equal(plain_y, y)
     off = math.sqrt(sum(float((noisy[n] - g).square().sum()) for n, g in plain.items()))
     off /= math.sqrt(sum(float(g.square().sum()) for g in plain.values()))
-    assert 0 < off < {"bf16": 0.02, "int8": 0.02, "int4": 0.25, "int2": 1.0}[codec], off
+    limits = {"bf16": 0.02, "int8": 0.02, "int4": 0.25, "int2": 1.0, "fewbit4": 0.1, "fewbit2": 0.5}
+    assert 0 < off < limits[codec], off
 
 
 def test_the_mask_of_a_relu_is_exact() -> None:
@@ -320,11 +324,11 @@ def test_estimates_are_saved_and_shipped(tmp_path: Path) -> None:
     assert adam != noise
     planned = graphplan.optimize(model, "100%", (x,), codecs="lossy", noise=noise, time_limit=3, **loss)
     assert planned.entry().prepared.noise == noise
-    refused = replace(noise, bias=dict.fromkeys(noise.rho, 0.5))
+    refused = replace(noise, bias={a: dict.fromkeys(rho, 0.5) for a, rho in noise.rho.items()})
     assert {refused.ppb(a, c) for a in noise.rho for c in LOSSY} == {REFUSED_PPB}
     assert noise.ppb("no such activation", "int4") == REFUSED_PPB
     text = (tmp_path / "noise.json").read_text()
-    for bad in (text[:-40], "[]", json.dumps({"format": "graphplan-noise-9"}), text.replace('"bias"', '"lean"')):
+    for bad in (text[:-40], "[]", json.dumps({"format": "graphplan-noise-1"}), text.replace('"bias"', '"lean"')):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(NoiseFormatError):
             Noise.load(tmp_path / "bad.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from graphplan.codecs.fewbit import FEWBIT2, FEWBIT4
 from graphplan.codecs.lossy import BF16, INT2, INT4, INT8, Lossy
 from graphplan.codecs.narrow import NARROW
 from graphplan.codecs.stand_in import BITMASK, STAND_IN
@@ -18,6 +19,8 @@ CODECS: dict[str, Codec] = {
     INT8.name: INT8,
     INT4.name: INT4,
     INT2.name: INT2,
+    FEWBIT4.name: FEWBIT4,
+    FEWBIT2.name: FEWBIT2,
 }
 
 

@@ -57,11 +57,14 @@ def packed(id_: int, name: str, nbytes: int, storage: int, codec: str) -> Encode
     return Encoded(id_, name, nbytes, storage, codec, like)
 
 
-def encode(node: fx.Node, storage: int, new: Encoded, target: Target, args: tuple[Any, ...]) -> Instruction:
-    """Return the instruction that makes the encoding by `target(node, *args)`."""
+def encode(
+    node: fx.Node, storage: int, new: Encoded, target: Target, args: tuple[Any, ...], *, keyed: bool = False
+) -> Instruction:
+    """Return the instruction that makes the encoding by `target(node, *args)`; `keyed`: key, slot follow."""
 
     def emit(out: Emitter) -> None:
-        out.store_encoded(new.id, out.call(target, (out.load(node), *args), new.name))
+        key = (out.key(), storage) if keyed else ()
+        out.store_encoded(new.id, out.call(target, (out.load(node), *args, *key), new.name))
 
     return Instruction(new.name, "encode", None, (storage,), (new.id,), True, emit)
 

@@ -20,9 +20,10 @@ from graphplan.codecs.readers import READERS
 from graphplan.codecs.stand_in import packing, run_from, sides_of, undemanding
 from graphplan.graph import Graph, GraphOp
 from graphplan.in_place import operands_of
-from graphplan.instructions import Emitter, Encoded, Instruction, results_of
+from graphplan.instructions import Emitter, Encoded, Instruction, Loss, results_of
 
 aten = torch.ops.aten
+REFERENCE = "int4"  # whose noise is replayed
 LEAST_BYTES = 4096  # below are statistics and pooled features: little to gain, much to lose (GACT's issue 4)
 # Steps, not slopes, of what they read: an error would move elements across them.
 DECIDES = frozenset(
@@ -53,7 +54,7 @@ class Lossy:
         made: list[Instruction] = []
         readers, operands = backward_readers(graph), operands_of(graph)
         for node, storage in saved_nodes(graph):
-            if not self._shrinks(node):
+            if not codable(node, self.bits):
                 continue
             asked = undemanding(graph, node, storage, readers[storage])
             spared = {op.id for op, _, _ in asked}
@@ -62,7 +63,8 @@ class Lossy:
                 continue
             numel, id_ = node.meta["val"].numel(), first_id + len(encoded)
             nbytes = functions.quantised_bytes(numel, self.bits)
-            code = replace(packed(id_, f"{node.name}__{self.name}", nbytes, storage, self.name), lossy=True)
+            loss = Loss(REFERENCE, self.mean_square_error)
+            code = replace(packed(id_, f"{node.name}__{self.name}", nbytes, storage, self.name), loss=loss)
             codes = [code]
             if asked:
                 nbytes = len(sides_of(asked)) * functions.packed_bytes(numel)
@@ -75,7 +77,7 @@ class Lossy:
 
     def warm_up(self, graph: Graph) -> None:
         """Compile before anything is measured."""
-        vals = [node.meta["val"] for node, _ in saved_nodes(graph) if self._shrinks(node)]
+        vals = [node.meta["val"] for node, _ in saved_nodes(graph) if codable(node, self.bits)]
         for dtype, device in {(v.dtype, v.device) for v in vals if v.numel() > functions.CHUNK}:
             functions.warm_up(self.bits, dtype, device)
 
@@ -84,15 +86,6 @@ class Lossy:
         code = functions.quantise(x, self.bits, 0, 0)
         back = functions.dequantise(code, self.bits, x.shape, x.stride(), x.dtype)
         return float((back.float() - x.float()).square_().mean())
-
-    def _shrinks(self, node: fx.Node) -> bool:
-        val = node.meta["val"]
-        item = node.args[1] if node.target is operator.getitem else 0
-        small = val.numel() * val.element_size() < LEAST_BYTES
-        float_ = val.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        # Further results of an op are its statistics.
-        shrinks = 8 * val.element_size() > self.bits
-        return bool(float_ and item == 0 and not small and shrinks and functions.is_dense(val))
 
     def _encode(self, node: fx.Node, storage: int, codes: list[Encoded], sides: tuple[Any, ...]) -> Instruction:
         def emit(out: Emitter) -> None:
@@ -134,6 +127,17 @@ class Lossy:
         reads = (*(s for s in op.reads if s != storage and not graph.storages[s].kind.fixed), code.id)
         beyond = lambda out: out.store(node, decoded(out))  # noqa: E731
         return Instruction(name, "variant", op.id, reads, op.writes, True, emit, beyond=beyond)
+
+
+def codable(node: fx.Node, bits: int) -> bool:
+    """Return whether a code of `bits` an element makes the activation smaller, and is worth the noise."""
+    val = node.meta["val"]
+    item = node.args[1] if node.target is operator.getitem else 0
+    small = val.numel() * val.element_size() < LEAST_BYTES
+    float_ = val.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # Further results of an op are its statistics.
+    shrinks = 8 * val.element_size() > bits
+    return bool(float_ and item == 0 and not small and shrinks and functions.is_dense(val))
 
 
 def _can_do(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:

@@ -14,18 +14,21 @@ from graphplan.functions.derived import from_shape, from_sides
 from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
 from graphplan.functions.register import registered
+from graphplan.functions.slope import SLOPES, from_slopes, quantise_slopes, slope_error
 from graphplan.functions.stand_in import SIDES, Like, pack_sides
 
 __all__ = [
     "CHUNK",
     "HALF",
     "SIDES",
+    "SLOPES",
     "Like",
     "Pooling",
     "dequantise",
     "dropout_from_mask",
     "from_shape",
     "from_sides",
+    "from_slopes",
     "is_dense",
     "mix",
     "narrow_integers",
@@ -35,7 +38,9 @@ __all__ = [
     "pool_code_bits",
     "pool_code_bytes",
     "quantise",
+    "quantise_slopes",
     "quantised_bytes",
+    "slope_error",
     "unpack_bits",
     "unpack_pool_indices",
     "warm_up",

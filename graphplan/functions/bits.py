@@ -75,6 +75,11 @@ def in_storage_order(x: Tensor) -> Tensor:
     return torch.as_strided(x, (x.numel(),), (1,))
 
 
+def memory_order(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return what says how elements lie in memory: each dimension of more than one, its size and its stride."""
+    return [(d, n, step) for d, (n, step) in enumerate(zip(size, stride, strict=True)) if n != 1]
+
+
 def pieces(numel: int) -> Iterator[tuple[slice, slice]]:
     """Yield (the bytes of a chunk's bits, its elements)."""
     for start in range(0, numel, CHUNK):

@@ -14,8 +14,8 @@ j, j + 256 / k, j + 512 / k, ... of a group, k = 8 / bits, so that packing reads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from graphplan.functions.register import registered
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-FAST_BLOCKS = (4 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
+FAST_BLOCKS = (2 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
 SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
+PIECE = 3 * SPAN  # elements that kernels work on as they are: all that they hold is less than a chunk in float32
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -58,18 +59,34 @@ def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 @registered("(Tensor x, int bits, int key, int slot) -> Tensor", _packed_like)
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
-    packed, place = _packed_like(x, bits, key, slot), mix(key, slot) % SPAN
-    flat, numel, table = in_storage_order(x), x.numel(), _table(x.device)
-    for start, stop, kernel in _stretches(numel, "encode", bits, x):
+    packed, flat = _packed_like(x, bits, key, slot), in_storage_order(x)
+    encode(packed, x.numel(), bits, mix(key, slot), lambda start, stop: flat[start:stop], x.dtype)
+    return packed
+
+
+def encode(
+    packed: Tensor,
+    numel: int,
+    bits: int,
+    seed: int,
+    load: Callable[[int, int], Tensor],
+    dtype: torch.dtype,
+    blocks: Sequence[int] = FAST_BLOCKS,
+) -> None:
+    """Write the code of `numel` elements to packed (quantised_bytes,).
+
+    `load(start, stop)` returns elements in `dtype`; `seed` says where the noise begins, `blocks` what may be compiled.
+    """
+    place, table = seed % SPAN, noise_table(packed.device)
+    codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
+    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
-            kernel(flat[start:stop], noise[: stop - start], packed.view(torch.bfloat16)[start:stop])
+            kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        codes, low, step = _parts(packed, numel, bits)
-        low[rows], step[rows] = kernel(_whole_groups(flat[start:stop]), noise.view(-1, GROUP), codes[rows])
-    return packed
+        low[rows], step[rows] = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -84,31 +101,47 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
     if bits == HALF:
         flat.copy_(packed.view(torch.bfloat16))
         return x
-    for start, stop, kernel in _stretches(numel, "decode", bits, x):
-        rows, whole = slice(start // GROUP, -(-stop // GROUP)), (stop - start) % GROUP == 0
-        out = flat[start:stop] if whole else flat.new_empty((rows.stop - rows.start) * GROUP)
-        kernel(*(part[rows] for part in _parts(packed, numel, bits)), out.view(-1, GROUP))
+    for start, stop, decode in decodings(packed, numel, bits, dtype):
+        whole = (stop - start) % GROUP == 0
+        out = flat[start:stop] if whole else flat.new_empty(-(-(stop - start) // GROUP) * GROUP)
+        decode(out)
         if not whole:
             flat[start:stop] = out[: stop - start]
     return x
 
 
-def _stretches(numel: int, half: str, bits: int, x: Tensor) -> Iterator[tuple[int, int, Kernel]]:
-    """Cut a tensor into what one call of a kernel works on: chunks, or with a compiler blocks of its sizes first.
+def decodings(
+    packed: Tensor, numel: int, bits: int, dtype: torch.dtype, blocks: Sequence[int] = FAST_BLOCKS
+) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
+    """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`)."""
+    parts = _parts(packed, numel, bits)
+    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks):
+        own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
+        yield start, stop, partial(_decode_to, kernel, own)
+
+
+def _decode_to(kernel: Kernel, parts: Sequence[Tensor], out: Tensor) -> None:
+    kernel(*parts, out.view(-1, GROUP))
+
+
+def _stretches(
+    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int]
+) -> Iterator[tuple[int, int, Kernel]]:
+    """Cut a tensor into what one call of a kernel works on: pieces, or with a compiler blocks of its sizes first.
 
     A compiled kernel keeps less beside its results. For a tensor of one chunk, compiling one does not pay.
     """
     kernel, start = _kernel(half, bits), 0
-    for block in FAST_BLOCKS if numel > CHUNK else ():
-        fast = compiled(kernel, _trial(half, bits, x.dtype, block), x.device)
+    for block in blocks if numel > CHUNK else ():
+        fast = compiled(kernel, _trial(half, bits, dtype, block), device)
         while fast is not None and start + block <= numel:
             yield start, start + block, fast
             start += block
     whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
-    for begin in range(start, whole, CHUNK):
-        yield begin, min(begin + CHUNK, whole), kernel
-    for begin in range(max(start, whole), numel, CHUNK):
-        yield begin, min(begin + CHUNK, numel), kernel
+    for begin in range(start, whole, PIECE):
+        yield begin, min(begin + PIECE, whole), kernel
+    for begin in range(max(start, whole), numel, PIECE):
+        yield begin, min(begin + PIECE, numel), kernel
 
 
 @cache
@@ -129,7 +162,7 @@ def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
         x = torch.randn(groups, GROUP, generator=random) * torch.logspace(-44, 37, groups)[:, None]
         x[3], x[4, 7], x[5, 9] = 1.5, math.nan, math.inf
         x = x.to(dtype).to(device)
-        noise = _table(device)[12345 : 12345 + min(SPAN, x.numel())]
+        noise = noise_table(device)[12345 : 12345 + min(SPAN, x.numel())]
         if bits == HALF:
             return x.view(-1), noise, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
         parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
@@ -165,21 +198,21 @@ def _whole_groups(chunk: Tensor) -> Tensor:
 def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Write the codes of the groups x (groups, GROUP), by noise in [0, 1); return their minima and steps."""
     levels, each = (1 << bits) - 1, 8 // bits
-    x = x.float()
-    least, most = x.amin(dim=1), x.amax(dim=1)  # aminmax is ten times as slow
-    width = (most - least) / levels
-    finite = width.isfinite()
-    least = torch.where(finite, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
-    width = torch.where(finite, torch.where(width < _SMALLEST, 0.0, width), torch.nan)
-    rate = torch.where(width > 0, 1.0 / width, 0.0)
-    # In a group with a NaN anything may stand: its step says what it is.
+    least, most = x.amin(dim=1).float(), x.amax(dim=1).float()  # aminmax is ten times as slow
+    width = (most - least).mul_(1 / levels)
+    number = width - width == 0
+    least = torch.where(number, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
+    # A step below the least normal number is none.
+    width = torch.where(number, torch.nn.functional.threshold(width, _SMALLEST, 0.0), torch.nan)
+    # No step, no rate. In a group with a NaN anything may stand: its step says what it is.
+    rate = width.reciprocal().nan_to_num_(0.0, 0.0)
     at = (x - least[:, None]).mul_(rate[:, None]).clamp_max_(levels)
     at.view(-1, *noise.shape).add_(noise)
-    parts = at.floor_().view(-1, each, GROUP // each)
+    parts = (at.floor_() if each > 1 else at).view(-1, each, GROUP // each)
     code = parts[:, 0]
     for i in range(1, each):
         code = code.add(parts[:, i], alpha=1 << (bits * i))  # exact
-    codes.copy_(code)
+    codes.copy_(code.int())  # on CPU straight from float32 to uint8 is five times as slow
     return least, width
 
 
@@ -203,11 +236,11 @@ def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:
     words = (x.view(torch.int32).view(-1, *noise.shape) + below).bitwise_and_(~0xFFFF)
     rounded = words.view(torch.float32).view(x.shape)
     # Beyond the largest number the nearest; NaN and infinity as they are.
-    out.copy_(torch.where(rounded.isfinite(), rounded, x))
+    out.copy_(torch.where(rounded - rounded == 0, rounded, x))
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
+def noise_table(device: torch.device) -> Tensor:
     """Return noise in [0, 1) in steps of 2^-16, float32 (2 * SPAN,): 32 mixed bits of each position."""
     h = np.arange(2 * SPAN, dtype=np.uint32) * np.uint32(0x9E3779B1)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):

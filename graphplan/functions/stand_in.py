@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions import bits
-from graphplan.functions.bits import in_storage_order, packed_bytes, pieces, spread_bits, write_bits
+from graphplan.functions.bits import in_storage_order, memory_order, packed_bytes, pieces, spread_bits, write_bits
 from graphplan.functions.register import registered
 
 Values = tuple[float, float]
@@ -138,7 +138,7 @@ def run_on_side(
     stand_in = _StandIn(values, x_dtype, packed[part * each : (part + 1) * each])
     out = None if over is None else args[over]
     geometries = [(a.shape, a.stride()) for a in args if isinstance(a, Tensor) and a.dim()]
-    if any(_order(*g) != _order(size, stride) for g in (*geometries, result[1:])):
+    if any(memory_order(*g) != memory_order(size, stride) for g in (*geometries, result[1:])):
         x = torch.empty_strided(tuple(size), tuple(stride), dtype=x_dtype, device=packed.device)
         flat = in_storage_order(x)
         for piece, chunk in pieces(x.numel()):
@@ -195,11 +195,6 @@ class _StandIn:
             return self.pair[spread_bits(self.packed[piece], numel).long()]
         rows = np.take(self.rows, self.packed[piece].numpy(), mode="clip")
         return torch.from_numpy(rows.view(np.uint8)).view(self.dtype)[:numel]
-
-
-def _order(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return what says how elements lie in memory: each dimension of more than one, its size and its stride."""
-    return [(d, n, step) for d, (n, step) in enumerate(zip(size, stride, strict=True)) if n != 1]
 
 
 def _bits_of(values: Values, dtype: torch.dtype) -> bytes:

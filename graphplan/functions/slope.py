@@ -1,0 +1,113 @@
+"""Codes of an elementwise function's derivative, which is all that its backward asks of its input.
+
+Backward of y = f(x) is grad * f'(x). So f'(x) is rounded in place of x (few-bit, Novikov et al. 2023): the gradient is
+linear in what is decoded, hence right on average, which it is not with a code of x, and f' of a GELU lies in
+[-0.13, 1.13] however wide x is spread. Groups have ends of their own, as in `group`: between ends fixed beforehand,
+which would cost no bytes, inputs near 0, as models have at first, would all lie in one step (DECISIONS 38).
+
+f' itself is the ATen backward's, of a gradient of ones, chunk by chunk. Decoding multiplies chunk by chunk and can
+write over the gradient. Bytes and what is not finite: as in `group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphplan.functions.bits import CHUNK, in_storage_order, memory_order
+from graphplan.functions.group import FAST_BLOCKS, GROUP, decodings, encode, mix, quantised_bytes
+from graphplan.functions.register import derived, registered
+
+aten = torch.ops.aten
+BLOCKS = tuple(b for b in FAST_BLOCKS if b <= CHUNK)  # of compiled kernels: derivatives stand beside the code
+# f'(x) as (a gradient of ones, x, constants) where x is what the backward reads
+SLOPES: dict[str, Callable[..., Tensor]] = {
+    "gelu": lambda one, x: aten.gelu_backward(one, x),
+    "gelu_tanh": lambda one, x: aten.gelu_backward(one, x, approximate="tanh"),
+    "silu": aten.silu_backward.default,
+    "mish": aten.mish_backward.default,
+    "hardswish": aten.hardswish_backward.default,
+    "softplus": aten.softplus_backward.default,
+    "elu": lambda one, x, *scales: aten.elu_backward(one, *scales, False, x),
+    "tanh": aten.tanh_backward.default,
+    "sigmoid": aten.sigmoid_backward.default,
+}
+
+
+def _slopes_like(x: Tensor, function: str, consts: Sequence[float], bits: int, key: int, slot: int) -> Tensor:
+    return torch.empty(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+
+
+@registered("(Tensor x, str function, float[] consts, int bits, int key, int slot) -> Tensor", _slopes_like)
+def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int, key: int, slot: int) -> Tensor:
+    """Return SLOPES[function] at dense x, in storage order, as uint8 (quantised_bytes,).
+
+    `key` differs by step, `slot` by tensor.
+    """
+    packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
+    ones = torch.ones(min(CHUNK, x.numel()), device=x.device)
+
+    def load(start: int, stop: int) -> Tensor:
+        return SLOPES[function](ones[: stop - start], flat[start:stop].float(), *consts)
+
+    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS)
+    return packed
+
+
+def slope_error(x: Tensor, function: str, consts: Sequence[float], bits: int) -> float:
+    """Return the mean square of what the code of x's derivative changes in it."""
+    flat = in_storage_order(x).float()
+    slopes, decoded = SLOPES[function](torch.ones_like(flat), flat, *consts), torch.ones_like(flat)
+    _times(quantise_slopes(x, function, consts, bits, 0, 0), bits, decoded, decoded)
+    return float((decoded - slopes).square_().mean())
+
+
+def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> torch._ops.OpOverload:
+    """Return the backward `op` that reads the code of its function's derivative in place of its argument `at`.
+
+    It takes what `quantise_slopes` packed, its bits, size and stride of the argument, the
+    result's dtype and stride, then `op`'s own without `at`, first the gradient, which it may write `over`.
+    """
+
+    def run(
+        packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int],
+        dtype: torch.dtype, result_stride: Sequence[int], grad: Tensor, *consts: Any, **named: Any,
+    ) -> Tensor:  # fmt: skip
+        out = grad
+        if over is None:
+            out = torch.empty_strided(tuple(size), tuple(result_stride), dtype=dtype, device=grad.device)
+        order = memory_order(size, stride)
+        if all(memory_order(t.shape, t.stride()) == order for t in (grad, out)):
+            _times(packed, bits, in_storage_order(grad), in_storage_order(out))
+            return out
+        # The gradient lies in another order: all derivatives at once, beside the result.
+        slopes = torch.empty_strided(tuple(size), tuple(stride), device=grad.device)
+        flat = in_storage_order(slopes)
+        _times(packed, bits, flat.new_ones(1).expand_as(flat), flat)
+        return torch.mul(grad, slopes, out=out) if out.dtype is slopes.dtype else out.copy_(grad * slopes)
+
+    def fake(
+        packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int],
+        dtype: torch.dtype, result_stride: Sequence[int], grad: Tensor, *consts: Any, **named: Any,
+    ) -> Tensor:  # fmt: skip
+        if over is not None:
+            return grad
+        return torch.empty_strided(tuple(size), tuple(result_stride), dtype=dtype, device=grad.device)
+
+    like = "int[] like_size, int[] like_stride, ScalarType result_dtype, int[] result_stride"
+    return derived(op, at, "from_slopes", f"Tensor packed, int bits, {like}", run, fake, over)
+
+
+def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor) -> None:
+    """Write grad (n,) times the derivatives packed to out (n,), which may be grad."""
+    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, BLOCKS):
+        slopes = torch.empty(-(-(stop - start) // GROUP) * GROUP, device=packed.device)
+        decode(slopes)
+        slopes = slopes[: stop - start]
+        if out.dtype is slopes.dtype:
+            torch.mul(grad[start:stop], slopes, out=out[start:stop])
+        else:
+            out[start:stop] = slopes.mul_(grad[start:stop])
