@@ -11,7 +11,7 @@ reads. Others are left out, because a plan may drop them and recompute them late
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -19,7 +19,7 @@ from torch import fx
 from graphplan.graph import Graph, GraphOp, StorageKind
 from graphplan.in_place import operands_of
 
-TRIFLE = 64  # a smaller part of the two ops' own bytes is not worth another order than the traced one
+TRIFLE = 64  # gains below this part of the half's highest moment are not worth another order than the traced one
 _THERE = frozenset({StorageKind.OUTPUT, StorageKind.TANGENT})  # whatever the order of the backward
 
 
@@ -91,6 +91,7 @@ class _Half:
     unread: dict[int, int] = field(default_factory=dict)  # bytes written that nobody reads
     changed: dict[int, set[int]] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
+    trifle: int = 0
 
     def __post_init__(self) -> None:
         storages, kept = self.graph.storages, self.graph.returned
@@ -104,6 +105,7 @@ class _Half:
             self.unread[op.id] = self._bytes(s for s in op.writes if s not in read and s not in kept)
             self.changed[op.id] = _overwritten(self.graph, op)
             self.last.update(dict.fromkeys(self.reads[op.id], op.id))
+        self.trifle = self._highest() // TRIFLE
 
     def exchanged(self) -> list[GraphOp]:
         """Return the ops after every exchange that helps."""
@@ -136,27 +138,28 @@ class _Half:
         What both read dies behind the second of them.
         """
         both = self.reads[a] & self.reads[b]
-        taken_a, taken_b = self._taken(a, set()), self._taken(b, set())
-        then = self._then(a, set())
-        now = max(
-            self.added[a] - taken_a + self.saved[a],
-            then + self.added[b] - taken_b + self.saved[b],
-        )
-        instead = max(
-            self.added[b] - self._taken(b, both) + self.saved[b],
-            self._then(b, both) + self.added[a] - taken_a + self.saved[a],
-        )
-        return instead < now - now // TRIFLE
+        now = max(self._at(a), self._then(a) + self._at(b))
+        instead = max(self._at(b, both), self._then(b, both) + self._at(a))
+        return now - instead > self.trifle
 
-    def _then(self, i: int, still: set[int]) -> int:
-        """Bytes that are there after op i and were not before, where `still` is read later."""
+    def _highest(self) -> int:
+        """Return the bytes at the highest moment of the traced order."""
+        level = highest = 0
+        for op in self.ops:
+            highest = max(highest, level + self._at(op.id))
+            level += self._then(op.id)
+        return highest
+
+    def _at(self, i: int, still: Set[int] = frozenset()) -> int:
+        """Return the bytes at op i beyond what was there before it, where `still` is read later."""
+        s = self.taken.get(i, -1)
+        taken = self._bytes([s]) if self.last.get(s) == i and s not in still else 0
+        return self.added[i] + self.saved[i] - taken
+
+    def _then(self, i: int, still: Set[int] = frozenset()) -> int:
+        """Return the bytes that op i leaves beyond what was there before it, where `still` is read later."""
         dead = (s for s in self.reads[i] if self.last[s] == i and s not in still)
         return self.added[i] - self.unread[i] - self._bytes(dead)
-
-    def _taken(self, i: int, still: set[int]) -> int:
-        """Bytes of the operand that op i writes over."""
-        s = self.taken.get(i, -1)
-        return self._bytes([s]) if self.last.get(s) == i and s not in still else 0
 
     def _bytes(self, storages: Iterable[int]) -> int:
         return sum(self.graph.storages[s].nbytes for s in storages)
