@@ -5,8 +5,8 @@
 For each zoo model at its real size: the least peak of a whole step; of `optimize` with the update after it; of plain
 PyTorch; of the optimizer in the backward (a hook on every parameter that applies and drops its gradient), alone, with
 checkpointed blocks and with PyTorch's memory budget. All peaks are measured. Last the GPT with 50,257 tokens
-(`vocabulary`), with and without chunks. `--time` measures only the step at 100 % against the plain loop, in pairs, on
-a machine that does nothing else. Each model runs in a process of its own.
+(`vocabulary`), with and without chunks. `--time` measures only the step at 100 % against the plain loop, in turn, on
+a machine that does nothing else (`--time resnet18 gpt --seconds 30`). Each model runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "bench" / "out"
 RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
 LEARNING_RATE = 0.01
+LEAST, MOST = 7, 201  # rounds of steps
+SOLVING = 10.0  # seconds, at the least peak
+STORED = "stored"
 VOCABULARY, TIME, BATCH = 50_257, 256, 4
 
 
@@ -127,12 +130,12 @@ def measure_model(name: str, time_limit: float, methods: set[str]) -> dict[str, 
     start = time.perf_counter()
     full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=time_limit)
     seconds = time.perf_counter() - start
-    least = full.at_budget(full.plan.minimum_peak_bytes)
+    least = at_least(full)
     least.prepare(inputs, targets)
     exact, *rest = full.least_peaks(inputs, targets)
     loss_fn = entry.loss if targets is not None else (lambda outputs: entry.loss(outputs, None))
     halves = graphplan.optimize(model, "100%", inputs, loss_fn=loss_fn, example_targets=targets, time_limit=time_limit)
-    halves = halves.at_budget(halves.plan.minimum_peak_bytes)
+    halves = at_least(halves)
     halves.prepare(*inputs)
     return {
         "name": name,
@@ -144,11 +147,24 @@ def measure_model(name: str, time_limit: float, methods: set[str]) -> dict[str, 
         "forms": 1 + len(rest),
         "optimize": measured(halves, loss_fn),
         "planning_s": seconds,
-        "peers": measure_peers(model, entry, example, methods),
+        "peers": stored_peers(name) if methods == {STORED} else measure_peers(model, entry, example, methods),
     }
 
 
-def measure_time(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
+def at_least(planned: Any) -> Any:
+    """Return the same at its least peak; the search has found a plan for it, to be improved no longer than SOLVING."""
+    new = planned.at_budget(planned.plan.minimum_peak_bytes)
+    new._planner.options = replace(new._planner.options, time_limit=SOLVING)
+    return new
+
+
+def stored_peers(name: str) -> dict[str, int | str]:
+    """Return what was measured of the peers before: it depends on torch and the threads alone."""
+    peers: dict[str, int | str] = json.loads((OUT / f"step_{name}.json").read_text())["peers"]
+    return peers
+
+
+def measure_time(name: str, seconds: float) -> dict[str, Any]:
     """Return the time of a step at 100 % over the plain loop's, and of the plain loop over itself."""
     import torch
 
@@ -161,17 +177,19 @@ def measure_time(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
     model, example = entry.build(), entry.example()
     inputs, targets = example.inputs, example.targets
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    step = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=time_limit)
+    step = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=2.0)
     plain = peer(model, model, entry, False)
 
     def one() -> None:
         plain(inputs, targets)
 
-    times = rounds((lambda: step(inputs, targets), one, one), pairs)
+    calls = (lambda: step(inputs, targets), one, one)
+    once = sum(rounds(calls, 1)[0]) / 1e9
+    times = rounds(calls, min(MOST, max(LEAST, int(seconds / once))))
     return {
         "name": name,
-        "ratio": asdict(Ratio.of([t[0] / t[1] for t in times])),
-        "null": asdict(Ratio.of([t[2] / t[1] for t in times])),
+        "ratio": asdict(Ratio.of([2 * a / (b + c) for a, b, c in times])),
+        "null": asdict(Ratio.of([c / b for _, b, c in times])),
     }
 
 
@@ -269,11 +287,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="zoo models, or vocabulary (default: all)")
     parser.add_argument("--time", action="store_true", help="step times, not peaks")
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--time-limit", type=float, default=20.0, help="seconds of solving")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of steps for each model, with --time")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds of solving")
     parser.add_argument("--minutes", type=float, default=20.0, help="for one model")
     peers = ("checkpoint", "pytorch_budget")
-    parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="beside the hooks alone")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=(*peers, STORED),
+        default=peers,
+        help="beside the hooks alone; stored: none is measured, those of the last run stay",
+    )
     parser.add_argument("--write", type=Path, help="Markdown file whose blocks are replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -289,7 +313,7 @@ def measure_one(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Return one model's row and where it belongs."""
     name = args.one
     if args.time:
-        return OUT / f"step_time_{name}.json", measure_time(name, args.pairs, args.time_limit)
+        return OUT / f"step_time_{name}.json", measure_time(name, args.seconds)
     if name == "vocabulary":
         return OUT / "step_vocabulary.json", measure_vocabulary(args.time_limit)
     return OUT / f"step_{name}.json", measure_model(name, args.time_limit, set(args.peers))
@@ -300,7 +324,7 @@ def run_all(args: argparse.Namespace) -> None:
     from bench.page import write_between
     from models_zoo import MODELS
 
-    given = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit), "--peers", *args.peers]
+    given = ["--seconds", str(args.seconds), "--time-limit", str(args.time_limit), "--peers", *args.peers]
     given += ["--time"] if args.time else []
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
         command = [sys.executable, "-m", "bench.step", "--one", name, *given]

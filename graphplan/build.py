@@ -13,6 +13,7 @@ from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, target_text, tensors_of
 from graphplan.interface import Interface
 from graphplan.normalise import Extend, is_random, normalise
+from graphplan.order import reorder
 from graphplan.views import aliased_input
 
 
@@ -28,6 +29,13 @@ def build_graph(
     module.graph.set_codegen(fx.graph.CodeGen())
     interface = Interface(joint, model, traced, prefix)
     backward = normalise(module, interface, model, extend)
+    graph = _assemble(module, interface, backward, name)
+    if reorder(graph):
+        graph = _assemble(module, interface, backward, name)
+    return replace(graph, fingerprint=fingerprint_of(module, graph.ops, graph.storages))
+
+
+def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Node], name: str) -> Graph:
     storages_of, sizes = _find_storages(module)
     ops = _make_ops(module.graph, storages_of, interface, backward)
     storages = _name_storages(module.graph, interface, ops, storages_of, sizes)
@@ -43,7 +51,7 @@ def build_graph(
         storages=storages,
         ops=ops,
         storages_of=storages_of,
-        fingerprint=fingerprint_of(module, ops, storages),
+        fingerprint="",
     )
 
 

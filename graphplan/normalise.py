@@ -8,9 +8,9 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from graphplan.graph import StorageKind, tensors_of
+from graphplan.graph import StorageKind
 from graphplan.interface import Interface, resolve
-from graphplan.views import merge_views
+from graphplan.views import merge_copies, merge_views, view_readers
 
 aten = torch.ops.aten
 _LARGE_SCALARS = (
@@ -32,6 +32,7 @@ def normalise(
     graph = module.graph
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
+    merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
     _copy_scalars(graph, interface)
@@ -153,7 +154,7 @@ def _clone_mutated(graph: fx.Graph, interface: Interface, backward: set[fx.Node]
     """Where the backward reads the old value of something the forward mutates, keep a copy of the old value."""
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
     for primal, node in interface.primals:
-        readers = [u for u in _view_readers(node) if u in backward] if primal.mutated else []
+        readers = [u for u in view_readers(node) if u in backward] if primal.mutated else []
         if not readers or first is None:
             continue
         with graph.inserting_before(first):
@@ -161,21 +162,6 @@ def _clone_mutated(graph: fx.Graph, interface: Interface, backward: set[fx.Node]
         copy.meta["val"] = node.meta["val"].clone()
         for user in [u for u in node.users if u is not copy]:
             user.replace_input_with(node, copy)
-
-
-def _view_readers(node: fx.Node) -> set[fx.Node]:
-    """Return every node that reads `node`'s storage, through views too."""
-    base = {t.untyped_storage()._cdata for t in tensors_of(node)}
-    found: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if user in found:
-            continue
-        found.add(user)
-        if any(t.untyped_storage()._cdata in base for t in tensors_of(user)):
-            stack.extend(user.users)
-    return found
 
 
 def _write_results(graph: fx.Graph, interface: Interface) -> None:

@@ -203,7 +203,7 @@ def find_least(prepared: Prepared, options: Options) -> Solution:
         left -= time.monotonic() - start
         if best is None or _peak(found) < _peak(best):
             best = found if tried is problem else replace(found, status=solvers.Status.FEASIBLE)
-        if left <= 0 or best.status is solvers.Status.OPTIMAL:
+        if left <= 0 or (best.status is solvers.Status.OPTIMAL and best.bound_class == solvers.ANY_PLAN):
             break
     options.report("least feasible peak", 1, 1)
     assert best is not None

@@ -1,10 +1,18 @@
-"""Views that say nothing new leave the graph: each is a call in every step, and in an LSTM every third node is one."""
+"""Views and copies that say nothing new leave the graph.
+
+Each view is a call in every step, and in an LSTM every third node is one. A copy is another tensor besides: tracing
+writes one for every dropout that drops nothing, where the eager op returns its input.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+
+from graphplan.graph import tensors_of
 
 
 def aliased_input(node: fx.Node) -> fx.Node | None:
@@ -37,8 +45,48 @@ def merge_views(graph: fx.Graph) -> None:
             node.replace_all_uses_with(same, delete_user_cb=lambda user: user.op != "output")
 
 
+def merge_copies(graph: fx.Graph, results: Iterable[fx.Node | None]) -> None:
+    """Let every reader of a clone read what it is a clone of, where nobody outside the graph could tell them apart.
+
+    Both fill memory of one size in the same order; the source is computed in the graph, and neither is one of
+    `results`, which the caller may change.
+    """
+    held = {_memory(n) for n in results if n is not None}
+    held.update(_memory(n) for n in graph.nodes if n.op != "call_function")
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+        source = node.all_input_nodes[0]
+        if held.isdisjoint((_memory(source), _memory(node))) and _layout(source) == _layout(node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _memory(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) and not value.is_sparse else None
+
+
+def _layout(node: fx.Node) -> tuple[Any, ...]:
+    t = node.meta["val"]
+    return (t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.untyped_storage().nbytes())
+
+
 def _view(base: fx.Node, node: fx.Node) -> tuple[Any, ...]:
     t = node.meta.get("val")
     if not isinstance(t, Tensor) or t.is_sparse:
         return (base, node)
     return (base, t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.is_conj(), t.is_neg())
+
+
+def view_readers(node: fx.Node) -> set[fx.Node]:
+    """Return every node that reads `node`'s storage, through views too."""
+    base = {t.untyped_storage()._cdata for t in tensors_of(node)}
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user in found:
+            continue
+        found.add(user)
+        if any(t.untyped_storage()._cdata in base for t in tensors_of(user)):
+            stack.extend(user.users)
+    return found

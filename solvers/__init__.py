@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from solvers.auto import solve_auto
-from solvers.bounds import ONE_RECOMPUTE, WorkingSet, working_set
+from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, WorkingSet, working_set
 from solvers.checkmate import solve_checkmate
 from solvers.chen import solve_chen
 from solvers.dtr import solve_dtr
@@ -108,6 +108,7 @@ def _check(problem: Problem, solution: Solution) -> None:
 
 
 __all__ = [
+    "ANY_PLAN",
     "DESCRIPTIONS",
     "SOLVERS",
     "InvalidSchedule",

@@ -52,7 +52,7 @@ class Extension:
         for i, group in updated:
             ready = (interface.gradients[i], places.get(interface.primals[i][1]))
             place = max((n for n in ready if n is not None), key=order.__getitem__)
-            node, product = self._add_update(graph, interface, i, group, groups[group], place)
+            node, product = self._add_update(graph, interface, i, group, groups[group], place, backward)
             backward.add(node)
             inexact = inexact or product
         _settle(graph, backward)
@@ -73,6 +73,7 @@ class Extension:
         group: int,
         settings: fx.Node,
         place: fx.Node,
+        backward: set[fx.Node],
     ) -> tuple[fx.Node, bool]:
         """Add one update; return it, and whether its gradient is (or could be) a product computed in pieces."""
         primal, param = interface.primals[index]
@@ -83,7 +84,7 @@ class Extension:
         state = _add_input(graph, interface, Primal(StorageKind.STATE, primal.path), name, like)
         kept = id(resolve(self.model, primal.path)) in self.kept
         interface.gradients[index] = grad if kept else None
-        product = None if kept or self.clip.on else product_of(grad, param.meta["val"])
+        product = None if kept or self.clip.on else product_of(grad, param, backward)
         update, args = self.slots.rule.update, (param, grad, state, settings)
         with graph.inserting_after(place):
             if product is None or self.exact:

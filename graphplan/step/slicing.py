@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from graphplan.graph import tensors_of
 from graphplan.step import slices
+from graphplan.views import aliased_input, view_readers
 
 aten = torch.ops.aten
 LEAST_BYTES = 1 << 22  # smaller operands are not worth a second call
@@ -105,18 +106,26 @@ def _weight_gradient(graph: fx.Graph, node: fx.Node, items: dict[Any, fx.Node], 
     return new
 
 
-def product_of(grad: fx.Node, param: Tensor) -> tuple[fx.Node, fx.Node, bool] | None:
-    """Return (a, b, turned) where a large gradient is `a @ b` (turned: its transpose) and is read only as it."""
+def product_of(grad: fx.Node, param: fx.Node, backward: set[fx.Node]) -> tuple[fx.Node, fx.Node, bool] | None:
+    """Return (a, b, turned) where a large gradient is `a @ b` (turned: its transpose), is read only as it, and costs.
+
+    A parameter that the backward reads, for the input's gradient, is updated behind that op: a product keeps the saved
+    activation until then, where the gradient itself could be computed first and let it go.
+    """
+    value = param.meta["val"]
     node, turns = grad, 0
     while node.target in _TURNS and len(node.users) <= 1:
         turns += _TURNS[node.target]
         node = node.all_input_nodes[0]
     turned = turns % 2 == 1
-    if node.target is not aten.mm.default or len(node.users) > 1 or not _large(param) or param.dim() != 2:
+    if node.target is not aten.mm.default or len(node.users) > 1 or not _large(value) or value.dim() != 2:
         return None
     a, b = node.args
     shape = node.meta["val"].shape
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or param.shape != (shape[::-1] if turned else shape):
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or value.shape != (shape[::-1] if turned else shape):
+        return None
+    saved = sum(_nbytes(n.meta["val"]) for n in (a, b) if n not in backward)
+    if _nbytes(value) <= saved and any(u in backward and aliased_input(u) is None for u in view_readers(param)):
         return None
     return a, b, turned
 
@@ -128,7 +137,11 @@ def _replaced(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, *new: fx.N
 
 
 def _large(value: Tensor) -> bool:
-    return math.prod(value.shape) * value.element_size() >= LEAST_BYTES
+    return _nbytes(value) >= LEAST_BYTES
+
+
+def _nbytes(value: Tensor) -> int:
+    return math.prod(value.shape) * value.element_size()
 
 
 def _plain(value: Tensor) -> bool:

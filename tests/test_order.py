@@ -1,0 +1,129 @@
+"""The order of ops: weight gradients in front of what they free, updates at once, the same bits."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphplan
+from graphplan.capture import capture
+from graphplan.order import reorder
+from solvers import simulate, working_set
+
+
+class Wide(nn.Module):
+    """A block as in a transformer: what the inner layer saves is larger than its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, 128), nn.Linear(128, 32)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.drop(nn.functional.gelu(self.inner(x))))
+
+
+class Branches(nn.Module):
+    """`sources[i]` says which earlier values layer i adds up, `kinds[i]` what it does with them."""
+
+    def __init__(self, sources: list[list[int]], kinds: list[int]) -> None:
+        super().__init__()
+        self.sources, self.kinds = sources, kinds
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in sources)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for sources, kind, layer in zip(self.sources, self.kinds, self.layers, strict=True):
+            total = sum(values[s % len(values)] for s in sources)
+            made = (layer, torch.relu, self.norm, nn.functional.gelu, lambda v: nn.functional.dropout(v, 0.3))
+            values.append(made[kind](total))
+        return sum(values[1:])
+
+
+def test_weight_gradients_come_first_where_they_free_more() -> None:
+    model = nn.Sequential(*(Wide() for _ in range(3)))
+    graph = capture(model, (torch.randn(64, 32),)).graph
+    graph.verify()
+    written = {s: op for op in graph.ops for s in op.writes}
+    by_path = {p.path: g for p, g in zip(graph.primals, graph.gradients, strict=True) if g is not None}
+    param_of = {p.path: graph.storages_of[p.node][0] for p in graph.primals}
+    for i in range(3):
+        weight = written[graph.storages_of[by_path[f"{i}.outer.weight"]][0]]
+        inputs = next(op for op in graph.ops if op.backward and param_of[f"{i}.outer.weight"] in op.reads)
+        assert weight.id < inputs.id
+    assert not reorder(graph)  # nothing is left to exchange
+
+
+def test_an_update_stands_where_its_gradient_is_final() -> None:
+    model = nn.Sequential(*(Wide() for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = graphplan.train_step(model, nn.functional.mse_loss, optimizer, "100%", *torch.randn(2, 64, 32))
+    graph = step.entry().prepared.graph
+    place = {op.name: op.id for op in graph.ops}
+    last = max(op.id for op in graph.ops if op.target == "aten.gelu_backward.default")
+    for i in (1, 2):  # before anything of the first block is on its way
+        assert place[f"update_{i}_outer_weight"] < place[f"update_{i}_inner_weight"] < last
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 4)), min_size=2, max_size=9),
+    st.integers(0, 99),
+)
+def test_branches_train_to_the_same_bits(layers: list[tuple[list[int], int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Branches([s for s, _ in layers], [k for _, k in layers])
+    if not any(k in (0, 2) for _, k in layers):
+        model.kinds[0] = 0
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(16, 8), torch.randn(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = graphplan.train_step(model, nn.functional.mse_loss, optimizer, "100%", x, y)
+    prepared = step.entry().prepared
+    prepared.graph.verify()
+    assert step.plan.minimum_peak_bytes >= working_set(prepared.problem).peak_bytes
+    assert simulate(prepared.problem, prepared.problem.program).peak_bytes <= prepared.baseline_peak_bytes
+    least = step.at_budget(step.plan.minimum_peak_bytes)
+    other = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        state = torch.get_rng_state()
+        loss = least(x, y)
+        torch.set_rng_state(state)
+        other.zero_grad()
+        expected = nn.functional.mse_loss(plain(x), y)
+        expected.backward()  # type: ignore[no-untyped-call]
+        other.step()
+        assert torch.equal(loss, expected)
+    for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copies_that_say_nothing_new_are_gone() -> None:
+    x = torch.randn(64, 32)
+    targets = [op.target for op in capture(nn.Sequential(Wide(), Wide()), (x,)).graph.ops]
+    assert "aten.clone.default" not in targets
+
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x).tanh()
+            return y.clone(), y.sin()
+
+    model = Returned()
+    planned = graphplan.optimize(model, "100%", (x,))
+    out, sines = planned(x)
+    out.data.zero_()  # the caller's own copy: sin's backward must not see it
+    sines.sum().backward()
+    mine = model.layer.weight.grad
+    model.layer.weight.grad = None
+    model(x)[1].sum().backward()
+    assert mine is not None
+    assert torch.equal(mine, model.layer.weight.grad)
