@@ -130,7 +130,16 @@ def groups() -> Cases:
     """Return lossy codes both ways: as they run where a compiler stands, or as they are without one."""
     import torch
 
-    from graphplan.functions import HALF, dequantise, quantise, warm_up
+    from graphplan.functions import (
+        HALF,
+        dequantise,
+        dequantise_channels,
+        from_slopes,
+        quantise,
+        quantise_channels,
+        quantise_slopes,
+        warm_up,
+    )
     from graphplan.functions.compiled import has_compiler
 
     fast = has_compiler(torch.device("cpu"))
@@ -145,6 +154,18 @@ def groups() -> Cases:
         cases[f"pack {name}, {words}"] = (partial(quantise, x, bits, 1, 1), pack_targets.get(bits))
         target = unpack_target if bits in pack_targets else None
         cases[f"unpack {name}, {words}"] = (partial(dequantise, code, bits, x.shape, x.stride(), x.dtype), target)
+    op, like = torch.ops.aten.gelu_backward.default, (x.shape, x.stride(), x.dtype)
+    grad, form = torch.randn(NUMEL), from_slopes(op, 1)
+    cases["gelu_backward itself"] = (partial(op, grad, x), None)
+    for bits in (4, 2):
+        code = quantise_slopes(x, "gelu", [], bits, 1, 1)
+        cases[f"pack derivatives {bits} bit, {words}"] = (partial(quantise_slopes, x, "gelu", [], bits, 1, 1), None)
+        cases[f"gelu_backward from {bits} bit, {words}"] = (partial(form, code, bits, *like, x.stride(), grad), None)
+    planes, image = (16, 64, 1 << 14), x.view(16, 64, 128, 128)
+    code = quantise_channels(image, planes, 3, 1, 1)
+    cases[f"pack 3 bit by channel, {words}"] = (partial(quantise_channels, image, planes, 3, 1, 1), None)
+    geometry = (planes, image.shape, image.stride(), image.dtype)
+    cases[f"unpack 3 bit by channel, {words}"] = (partial(dequantise_channels, code, *geometry), None)
     return cases
 
 

@@ -133,9 +133,10 @@ def test_both_halves_bound_the_temporaries() -> None:
     x = torch.randn(1 << 22)
     grad = torch.ones_like(x)
     code = quantise_slopes(x, "gelu", [], 4, 1, 1)
+    times("gelu", code, 4, x, grad)  # what is compiled is compiled now
     encoding = peak_of(lambda: quantise_slopes(x, "gelu", [], 4, 1, 1), x.device).peak_bytes - len(code)
     decoding = peak_of(lambda: times("gelu", code, 4, x, grad), x.device).peak_bytes - 4 * x.numel()
-    assert max(encoding, decoding) <= 5 * 4 * functions.CHUNK
+    assert max(encoding, decoding) <= 4 * functions.CHUNK
 
 
 class Net(nn.Module):

@@ -17,6 +17,7 @@ import graphplan
 from graphplan.capture import Capture, capture
 from graphplan.codecs import CODECS, choose_codecs
 from graphplan.codecs.lossy import DECIDES, Lossy
+from graphplan.codecs.mixed import Mixed
 from graphplan.functions import group
 from graphplan.instructions import Instructions, instructions_of
 from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
@@ -25,7 +26,10 @@ from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 
 LOSSY = [name for name, codec in CODECS.items() if not codec.exact]
-FOR_ALL = [name for name in LOSSY if isinstance(CODECS[name], Lossy)]  # the others ask for a GELU
+OFFERED = {  # images have no GELU, sequences no convolution
+    "conv": [name for name in LOSSY if isinstance(CODECS[name], Lossy)],
+    "transformer": [name for name in LOSSY if not isinstance(CODECS[name], Mixed)],
+}
 
 
 def conv_net() -> nn.Module:
@@ -119,7 +123,7 @@ def test_only_backward_ops_read_a_code(name: str) -> None:
     captured, instructions = offered(model, x)
     codes = {e.id for e in instructions.encoded if e.lossy}
     readers = [i for i in instructions.items if codes & set(i.reads)]
-    assert len(readers) >= 4 * len(FOR_ALL)
+    assert len(readers) >= 4 * len(OFFERED[name]) - 4
     for item in readers:
         assert item.kind == "variant"
         assert item.op is not None
@@ -128,12 +132,10 @@ def test_only_backward_ops_read_a_code(name: str) -> None:
         assert op.node.target not in DECIDES
     assert not any(codes & set(i.writes) for i in instructions.items if i.kind != "encode")
     made = {e.codec for e in instructions.encoded if e.lossy}
-    assert made == (set(FOR_ALL) if name == "conv" else set(LOSSY))
+    assert made == set(OFFERED[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "codec"), [*(("conv", codec) for codec in FOR_ALL), *(("transformer", codec) for codec in LOSSY)]
-)
+@pytest.mark.parametrize(("name", "codec"), [(name, codec) for name in OFFERED for codec in OFFERED[name]])
 def test_a_step_from_codes(name: str, codec: str) -> None:
     """Outputs are exact; gradients are near, the nearer the more bits; a step has its own rounding."""
     model, x, _ = case(name)
@@ -145,7 +147,7 @@ def test_a_step_from_codes(name: str, codec: str) -> None:
     assert torch.equal(plain_y, y)
     off = math.sqrt(sum(float((noisy[n] - g).square().sum()) for n, g in plain.items()))
     off /= math.sqrt(sum(float(g.square().sum()) for g in plain.values()))
-    limits = {"bf16": 0.02, "int8": 0.02, "int4": 0.25, "int2": 1.0, "fewbit4": 0.1, "fewbit2": 0.5}
+    limits = {"bf16": 0.02, "int8": 0.02, "int4": 0.25, "int2": 1.0, "mixed3": 0.8, "fewbit4": 0.1, "fewbit2": 0.5}
     assert 0 < off < limits[codec], off
 
 

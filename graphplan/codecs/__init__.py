@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from graphplan.codecs.fewbit import FEWBIT2, FEWBIT4
 from graphplan.codecs.lossy import BF16, INT2, INT4, INT8, Lossy
+from graphplan.codecs.mixed import MIXED3
 from graphplan.codecs.narrow import NARROW
 from graphplan.codecs.stand_in import BITMASK, STAND_IN
 from graphplan.errors import GraphplanError
@@ -19,6 +20,7 @@ CODECS: dict[str, Codec] = {
     INT8.name: INT8,
     INT4.name: INT4,
     INT2.name: INT2,
+    MIXED3.name: MIXED3,
     FEWBIT4.name: FEWBIT4,
     FEWBIT2.name: FEWBIT2,
 }

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphplan import functions
-from graphplan.codecs.find import backward_readers, packed, saved_nodes
+from graphplan.codecs.find import Target, backward_readers, packed, saved_nodes
 from graphplan.codecs.readers import READERS
 from graphplan.codecs.stand_in import packing, run_from, sides_of, undemanding
 from graphplan.graph import Graph, GraphOp
@@ -41,6 +42,16 @@ DECIDES = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Coder:
+    """`encode(x, *given, key, slot)`, and `decode(code, *known, size, stride, dtype)`."""
+
+    encode: Target
+    given: tuple[Any, ...]
+    decode: Target
+    known: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Lossy:
     """Rounds activations to `bits` an element; its noise is estimated and capped (`graphplan.noise`)."""
 
@@ -59,11 +70,11 @@ class Lossy:
             asked = undemanding(graph, node, storage, readers[storage])
             spared = {op.id for op, _, _ in asked}
             wanting = [op for op in readers[storage] if op.id not in spared]
-            if not wanting or not all(_can_do(graph, op, node, storage) for op in wanting):
+            if not wanting or not all(self._serves(graph, op, node, storage) for op in wanting):
                 continue
             numel, id_ = node.meta["val"].numel(), first_id + len(encoded)
-            nbytes = functions.quantised_bytes(numel, self.bits)
-            loss = Loss(REFERENCE, self.mean_square_error)
+            nbytes, _ = self._coded(node)
+            loss = Loss(REFERENCE, partial(self._error, node))
             code = replace(packed(id_, f"{node.name}__{self.name}", nbytes, storage, self.name), loss=loss)
             codes = [code]
             if asked:
@@ -81,16 +92,30 @@ class Lossy:
         for dtype, device in {(v.dtype, v.device) for v in vals if v.numel() > functions.CHUNK}:
             functions.warm_up(self.bits, dtype, device)
 
-    def mean_square_error(self, x: torch.Tensor) -> float:
-        """Return the mean square of what encoding x and decoding it changes."""
-        code = functions.quantise(x, self.bits, 0, 0)
-        back = functions.dequantise(code, self.bits, x.shape, x.stride(), x.dtype)
+    def _serves(self, graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
+        """Return whether the backward `op` can run from the code."""
+        return _can_do(graph, op, node, storage)
+
+    def _coded(self, node: fx.Node) -> tuple[int, Coder]:
+        """Return the bytes of the code of `node`, and what makes and reads it."""
+        same = (self.bits,)
+        return functions.quantised_bytes(node.meta["val"].numel(), self.bits), Coder(
+            functions.quantise, same, functions.dequantise, same
+        )
+
+    def _error(self, node: fx.Node, x: torch.Tensor) -> float:
+        """Return the mean square of what encoding x, of `node`, and decoding it changes."""
+        _, coder = self._coded(node)
+        code = coder.encode(x, *coder.given, 0, 0)
+        back = coder.decode(code, *coder.known, x.shape, x.stride(), x.dtype)
         return float((back.float() - x.float()).square_().mean())
 
     def _encode(self, node: fx.Node, storage: int, codes: list[Encoded], sides: tuple[Any, ...]) -> Instruction:
+        _, coder = self._coded(node)
+
         def emit(out: Emitter) -> None:
-            args = (out.load(node), self.bits, out.key(), storage)
-            code = out.call(functions.quantise, args, codes[0].name)
+            args = (out.load(node), *coder.given, out.key(), storage)
+            code = out.call(coder.encode, args, codes[0].name)
             out.store_encoded(codes[0].id, code)
             for mask in codes[1:]:
                 out.store_encoded(mask.id, out.call(functions.pack_sides, (out.load(node), *sides), mask.name))
@@ -101,10 +126,11 @@ class Lossy:
     def _decode_and_run(self, graph: Graph, op: GraphOp, node: fx.Node, storage: int, code: Encoded) -> Instruction:
         val, name = node.meta["val"], f"{op.name}__from_{self.name}"
         like = (tuple(val.shape), tuple(val.stride()), val.dtype)
+        _, coder = self._coded(node)
 
         def decoded(out: Emitter) -> fx.Node:
-            args = (out.load_encoded(code.id), self.bits, *like)
-            return out.call(functions.dequantise, args, f"{node.name}__from_{self.name}")
+            args = (out.load_encoded(code.id), *coder.known, *like)
+            return out.call(coder.decode, args, f"{node.name}__from_{self.name}")
 
         def emit(out: Emitter) -> None:
             copies = {node: decoded(out)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
 from graphplan.functions.derived import from_shape, from_sides
 from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
+from graphplan.functions.mixed import Planes, dequantise_channels, mixed_bytes, quantise_channels
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
 from graphplan.functions.register import registered
 from graphplan.functions.slope import SLOPES, from_slopes, quantise_slopes, slope_error
@@ -23,14 +24,17 @@ __all__ = [
     "SIDES",
     "SLOPES",
     "Like",
+    "Planes",
     "Pooling",
     "dequantise",
+    "dequantise_channels",
     "dropout_from_mask",
     "from_shape",
     "from_sides",
     "from_slopes",
     "is_dense",
     "mix",
+    "mixed_bytes",
     "narrow_integers",
     "pack_pool_indices",
     "pack_sides",
@@ -38,6 +42,7 @@ __all__ = [
     "pool_code_bits",
     "pool_code_bytes",
     "quantise",
+    "quantise_channels",
     "quantise_slopes",
     "quantised_bytes",
     "slope_error",

@@ -72,14 +72,16 @@ def encode(
     load: Callable[[int, int], Tensor],
     dtype: torch.dtype,
     blocks: Sequence[int] = FAST_BLOCKS,
+    piece: int = PIECE,
 ) -> None:
     """Write the code of `numel` elements to packed (quantised_bytes,).
 
-    `load(start, stop)` returns elements in `dtype`; `seed` says where the noise begins, `blocks` what may be compiled.
+    `load(start, stop)` returns elements in `dtype`; `seed` says where the noise begins, `blocks` what may be compiled,
+    `piece` how many are worked on at a time elsewhere: what `load` makes is held beside.
     """
     place, table = seed % SPAN, noise_table(packed.device)
     codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
-    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks):
+    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks, piece):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
@@ -115,7 +117,7 @@ def decodings(
 ) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
     """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`)."""
     parts = _parts(packed, numel, bits)
-    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks):
+    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks, PIECE):
         own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
         yield start, stop, partial(_decode_to, kernel, own)
 
@@ -125,7 +127,7 @@ def _decode_to(kernel: Kernel, parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _stretches(
-    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int]
+    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], piece: int
 ) -> Iterator[tuple[int, int, Kernel]]:
     """Cut a tensor into what one call of a kernel works on: pieces, or with a compiler blocks of its sizes first.
 
@@ -138,10 +140,10 @@ def _stretches(
             yield start, start + block, fast
             start += block
     whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
-    for begin in range(start, whole, PIECE):
-        yield begin, min(begin + PIECE, whole), kernel
-    for begin in range(max(start, whole), numel, PIECE):
-        yield begin, min(begin + PIECE, numel), kernel
+    for begin in range(start, whole, piece):
+        yield begin, min(begin + piece, whole), kernel
+    for begin in range(max(start, whole), numel, piece):
+        yield begin, min(begin + piece, numel), kernel
 
 
 @cache

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphplan.functions.bits import CHUNK, in_storage_order, memory_order
-from graphplan.functions.group import FAST_BLOCKS, GROUP, decodings, encode, mix, quantised_bytes
+from graphplan.functions.bits import in_storage_order, memory_order
+from graphplan.functions.group import FAST_BLOCKS, GROUP, SPAN, decodings, encode, mix, quantised_bytes
 from graphplan.functions.register import derived, registered
 
 aten = torch.ops.aten
-BLOCKS = tuple(b for b in FAST_BLOCKS if b <= CHUNK)  # of compiled kernels: derivatives stand beside the code
+BLOCKS = FAST_BLOCKS[-1:]  # of compiled kernels: derivatives stand beside the code
 # f'(x) as (a gradient of ones, x, constants) where x is what the backward reads
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda one, x: aten.gelu_backward(one, x),
@@ -48,12 +48,11 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
     `key` differs by step, `slot` by tensor.
     """
     packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
-    ones = torch.ones(min(CHUNK, x.numel()), device=x.device)
 
     def load(start: int, stop: int) -> Tensor:
-        return SLOPES[function](ones[: stop - start], flat[start:stop].float(), *consts)
+        return SLOPES[function](torch.ones(stop - start, device=x.device), flat[start:stop].float(), *consts)
 
-    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS)
+    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS, 2 * SPAN)
     return packed
 
 
