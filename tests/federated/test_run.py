@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from graphplan.federated import METHODS, FederatedError, RunConfig
 from graphplan.federated.launch import run_simulation
 from graphplan.federated.testing import run_in_process
 
+Run = Callable[[RunConfig], dict[str, Any]]
 MEASURED = {"wall_seconds"}  # differ from run to run
 MEASURED_OF_CLIENTS = {"step_ns", "rss_growth_bytes"}
 
@@ -22,8 +24,8 @@ def _figures(report: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig) -> None:
-    report = run_in_process(replace(config, method=name))
+def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig, run: Run) -> None:
+    report = run(replace(config, method=name))
     (row,) = report["rounds"]
     assert row["failed"] == 0
     assert row["taking_part"] >= 2
@@ -38,10 +40,10 @@ def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig
         assert client["fits"] or not client["rounds"]
 
 
-def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig) -> None:
-    roomy = replace(config, fleet=config.fleet.replace("[0.75, 0.95]", "[1.0, 1.0]"), partition="dirichlet:0.5")
-    planned = run_in_process(replace(config, method="random_hybrid", partition="dirichlet:0.5"))
-    unplanned = run_in_process(replace(roomy, method="fedavg"))
+def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig, run: Run) -> None:
+    roomy = replace(config, fleet=config.fleet.replace("[0.75, 0.95]", "[1.0, 1.0]"))
+    planned = run(config)
+    unplanned = run(replace(roomy, method="fedavg"))
     assert planned["rounds"][0]["taking_part"] == unplanned["rounds"][0]["taking_part"] == 4
     tight = [c for c in planned["clients"] if c["device_class"] == "tight"]
     assert len(tight) == 2
@@ -49,14 +51,15 @@ def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig) -
     assert planned["loss"] == pytest.approx(unplanned["loss"], rel=1e-5)
 
 
-def test_the_same_seed_repeats_itself_and_another_differs(config: RunConfig) -> None:
-    one, same, other = (run_in_process(replace(config, method="fedavg", seed=s)) for s in (2, 2, 3))
+def test_the_same_seed_repeats_itself_and_another_differs(config: RunConfig, run: Run) -> None:
+    config = replace(config, method="fedavg")
+    one, same, other = run(config), run_in_process(config), run(replace(config, seed=3))
     assert _figures(one) == _figures(same)
     assert one["loss"] != other["loss"]
 
 
-def test_allsmall_narrows_the_model_until_the_weakest_client_fits(config: RunConfig) -> None:
-    report = run_in_process(replace(config, method="allsmall"))
+def test_allsmall_narrows_the_model_until_the_weakest_client_fits(config: RunConfig, run: Run) -> None:
+    report = run(replace(config, method="allsmall"))
     assert report["width"] < 1
     assert all(c["fits"] for c in report["clients"])
     assert report["rounds"][0]["taking_part"] == 4
