@@ -4,15 +4,15 @@ import os
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
-from graphplan.federated import RunConfig
-from graphplan.federated.execution import Trainer
+from graphplan.federated import Frontier, RunConfig
+from graphplan.federated.execution import Trainer, measure_ops
 from graphplan.federated.task import task_of
 from graphplan.federated.testing import run_in_process
 
@@ -41,7 +41,9 @@ downlink_mbps = 100.0
 def device(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The path of a profile of the small cnn: memory as measured, times by bytes, so that no load moves a plan."""
     path = tmp_path_factory.mktemp("device") / "device.json"
-    found = Trainer(task_of(RunConfig(model="models_zoo:cnn"))).profile()
+    task = task_of(RunConfig(model="models_zoo:cnn"))
+    found = Trainer(task).profile()
+    measure_ops(task, found, "exact", whole=True)
     found.samples.update({k: replace(s, cost_ns=20_000 + s.touched_bytes) for k, s in found.samples.items()})
     found.save(path)
     return str(path)
@@ -57,6 +59,17 @@ def config(device: str) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def run() -> Run:
+def frontiers() -> dict[Hashable, Frontier]:
+    """Plans of the small cnn that depend on no weights: found once."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def run(frontiers: dict[Hashable, Frontier]) -> Run:
     """Runs on the double in which nothing goes wrong, each made once for all tests that look at it."""
-    return cache(run_in_process)
+
+    def made(config: RunConfig) -> dict[str, Any]:
+        shared = config.model == "models_zoo:cnn" and config.codecs == "exact" and not config.program
+        return run_in_process(config, made=frontiers if shared and config.method != "compress_only" else None)
+
+    return cache(made)

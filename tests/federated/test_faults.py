@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType
 
 from graphplan.device import Device
-from graphplan.federated import RunConfig
+from graphplan.federated import Frontier, RunConfig
 from graphplan.federated import client as client_module
 from graphplan.federated.execution import Order, Refused, Trainer, train
 from graphplan.federated.plans import Execution, Planner, pack, unpack
@@ -22,6 +22,7 @@ from graphplan.plan import Plan, PlanFormatError
 
 BAD = 1001  # the node that misbehaves: client 1
 Run = Callable[[RunConfig], dict[str, Any]]
+Frontiers = dict[Hashable, Frontier]
 Fault = Callable[[InProcessGrid, Message], list[Message]]
 
 
@@ -111,36 +112,36 @@ FAULTS: tuple[tuple[Fault, str], ...] = (
 )
 
 
-def test_the_round_goes_on_without_the_clients_that_fail(config: RunConfig) -> None:
+def test_the_round_goes_on_without_the_clients_that_fail(config: RunConfig, frontiers: Frontiers) -> None:
     """Each of seven clients fails in its own way; the average is that of the two others alone."""
     everyone = replace(config, clients=9, per_round=9)
     faults = {BAD + i: fault for i, (fault, _) in enumerate(FAULTS)}
-    report = run_in_process(everyone, FaultyGrid(everyone, faults))
+    report = run_in_process(everyone, FaultyGrid(everyone, faults), frontiers)
     (row,) = report["rounds"]
     assert (row["taking_part"], row["failed"], report["failed"]) == (2, 7, 7)
     for client, (_, said) in enumerate(FAULTS, start=1):
         (message,) = (m for m in row["messages"] if m.startswith(f"client {client} failed"))
         assert said in message
     assert row["clients"] == [0, 8]
-    absent = run_in_process(everyone, FaultyGrid(everyone, dict.fromkeys(faults, _dies)))
+    absent = run_in_process(everyone, FaultyGrid(everyone, dict.fromkeys(faults, _dies)), frontiers)
     assert report["loss"] == absent["loss"]
 
 
-def test_a_reply_that_comes_twice_counts_once(config: RunConfig, run: Run) -> None:
-    report = run_in_process(config, FaultyGrid(config, {BAD: lambda grid, m: grid.good(m) * 2}))
+def test_a_reply_that_comes_twice_counts_once(config: RunConfig, run: Run, frontiers: Frontiers) -> None:
+    report = run_in_process(config, FaultyGrid(config, {BAD: lambda grid, m: grid.good(m) * 2}), frontiers)
     assert report["rounds"][0]["messages"] == [f"node {BAD} replied twice"]
     assert report["rounds"][0]["taking_part"] == 4
     assert report["loss"] == run(config)["loss"]
 
 
-def test_a_reply_that_comes_late_is_not_averaged(config: RunConfig) -> None:
+def test_a_reply_that_comes_late_is_not_averaged(config: RunConfig, frontiers: Frontiers) -> None:
     config = replace(config, rounds=2)
-    first, second = run_in_process(config, FaultyGrid(config, {BAD: _late}))["rounds"]
+    first, second = run_in_process(config, FaultyGrid(config, {BAD: _late}), frontiers)["rounds"]
     assert first["failed"] == second["failed"] == 1
     assert f"node {BAD} replied for round 1 in round 2" in second["messages"]
 
 
-def test_a_node_that_restarts_is_met_again(config: RunConfig) -> None:
+def test_a_node_that_restarts_is_met_again(config: RunConfig, frontiers: Frontiers) -> None:
     """A SuperNode that comes back has another node id; the client keeps its data and takes part again."""
     config = replace(config, rounds=3)
     restarted = BAD + 500
@@ -152,19 +153,21 @@ def test_a_node_that_restarts_is_met_again(config: RunConfig) -> None:
         grid.contexts[restarted] = Context(1, restarted, context.node_config, type(context.state)(), context.run_config)
         return []
 
-    first, second, third = run_in_process(config, FaultyGrid(config, {BAD: restart}))["rounds"]
+    first, second, third = run_in_process(config, FaultyGrid(config, {BAD: restart}), frontiers)["rounds"]
     assert (first["taking_part"], first["failed"]) == (3, 1)
     assert (second["taking_part"], third["taking_part"]) == (4, 4)
 
 
-def test_tampered_plans_are_refused_and_made_again_by_the_client(config: RunConfig, run: Run) -> None:
+def test_tampered_plans_are_refused_and_made_again_by_the_client(
+    config: RunConfig, run: Run, frontiers: Frontiers
+) -> None:
     def tamper(grid: Any, message: Message) -> list[Message]:
         plans = unpack(message.content.config_records["config"]["plans"])
         worse = [replace(p, steps=p.steps[:5] + p.steps[6:]) for p in plans]
         message.content.config_records["config"]["plans"] = pack(p.to_json() for p in worse)
         return grid.good(message)
 
-    report = run_in_process(config, FaultyGrid(config, {BAD: tamper}))
+    report = run_in_process(config, FaultyGrid(config, {BAD: tamper}), frontiers)
     assert report["rounds"][0]["taking_part"] == 4
     assert report["rounds"][0]["planned_on_client"] == 1
     # The plan made by the client trains the same numbers.
@@ -191,9 +194,9 @@ def trainer(config: RunConfig) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def plans(config: RunConfig) -> tuple[Plan, ...]:
+def plans(config: RunConfig, frontiers: Frontiers) -> tuple[Plan, ...]:
     devices = {"": Device.load(config.device)}
-    return Planner(task_of(config), Execution(), config, devices).frontier("").below(1 << 40, 5)
+    return Planner(task_of(config), Execution(), config, devices, frontiers).frontier("").below(1 << 40, 5)
 
 
 def test_a_budget_that_shrinks_inside_a_round_moves_to_a_smaller_plan(
@@ -230,7 +233,7 @@ def test_a_budget_that_shrinks_below_every_plan_ends_the_clients_round(
 
 
 def test_a_budget_file_is_read_while_training_runs(
-    config: RunConfig, plans: tuple[Plan, ...], tmp_path: Path
+    config: RunConfig, plans: tuple[Plan, ...], frontiers: Frontiers, tmp_path: Path
 ) -> None:
     """The operator's file shrinks between rounds: the server sends a smaller plan."""
     file = tmp_path / "budget"
@@ -244,7 +247,7 @@ def test_a_budget_file_is_read_while_training_runs(
 
     grid = FaultyGrid(config, {BAD: shrink})
     grid.contexts[BAD].node_config["memory-budget-file"] = str(file)
-    report = run_in_process(config, grid)
+    report = run_in_process(config, grid, frontiers)
     client = next(c for c in report["clients"] if c["client"] == 1)
     assert (client["rounds"], client["budget_source"], client["budget_bytes"]) == (2, "file", least)
     assert client["measured_peak_bytes"] <= least

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from graphplan.federated import METHODS, FederatedError, RunConfig
+from graphplan.federated import METHODS, FederatedError, Frontier, RunConfig
 from graphplan.federated.launch import run_simulation
 from graphplan.federated.testing import run_in_process
 
@@ -25,7 +25,19 @@ def _figures(report: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig, run: Run) -> None:
-    report = run(replace(config, method=name))
+    report = run(replace(config, method=name, codecs=""))
+    _check_budgets(report, name)
+
+
+def test_every_form_of_a_step_lets_clients_take_part_that_no_other_plan_fits(config: RunConfig, run: Run) -> None:
+    """An mlp is parameters and gradients: plans of forward and backward save nothing, so that tight clients refuse."""
+    mlp = replace(config, model="models_zoo:mlp", device="", batch=64, points=2)
+    report = run(replace(mlp, codecs="", forms=True))
+    _check_budgets(report, "forms")
+    assert (report["rounds"][0]["taking_part"], run(mlp)["rounds"][0]["taking_part"]) == (4, 2)
+
+
+def _check_budgets(report: dict[str, Any], name: str) -> None:
     (row,) = report["rounds"]
     assert row["failed"] == 0
     assert row["taking_part"] >= 2
@@ -86,11 +98,16 @@ def test_what_cannot_be_run_says_so(config: RunConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.ci
 def test_the_double_gives_the_same_numbers_as_flwr_run(config: RunConfig) -> None:
-    both = replace(config, method="fedhybrid", rounds=2, per_round=3)
+    # Plans that round: two clients whose budgets need one, in processes that have run other steps before.
+    fleet = config.fleet.replace("[0.75, 0.95]", "[0.6, 0.68]")
+    both = replace(config, method="fedhybrid", codecs="lossy", fleet=fleet, points=12, rounds=2, per_round=3)
     events: list[str] = []
     engine = run_simulation(both, lambda event: events.append(event["event"])).json()
     assert events == ["start", "round", "round", "round", "end"]
-    double = run_in_process(both)
+    frontiers: dict[Hashable, Frontier] = {}
+    double = run_in_process(both, made=frontiers)
+    planned = {p.peak_bytes: p for f in frontiers.values() for p in f.plans}
+    assert any(planned[c["planned_peak_bytes"]].noise > 0 for c in double["clients"] if c["rounds"])
     # A plan's text also says what its solver had proven when the clock stopped it: a few bytes.
     for one, other in zip(engine["rounds"], double["rounds"], strict=True):
         assert one.pop("bytes_down") == pytest.approx(other.pop("bytes_down"), rel=1e-3)
