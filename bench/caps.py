@@ -90,7 +90,7 @@ def clients(model: str) -> dict[str, Any]:
     from graphplan.federated.task import task_of
 
     asked = config(model)
-    planner = Planner(task_of(asked), Execution(), asked)
+    planner = Planner(task_of(asked), Execution().under(asked), asked)
     frontier = planner.frontier("")
     plain = Planner(task_of(asked), Execution(planned=False), asked)
     unplanned = plain.frontier("").plans[-1].baseline_peak_bytes

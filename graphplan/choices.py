@@ -6,6 +6,8 @@ The first form is the step as it is; the others save memory in ways that are not
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +22,7 @@ from graphplan.noise import Noise
 from graphplan.optimize import Options, Source, check_noise, device_of, find_least, make_plan, prepare
 from graphplan.plan import Plan
 from graphplan.replay import Batch
-from solvers import Schedule, Solution
+from solvers import Limits, Problem, Schedule, Solution
 
 PARTS = (2, 4, 8)  # of the batch, tried in this order when nothing else fits
 
@@ -35,11 +37,15 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One form of a step under a budget; `known` is shared by its copies under other budgets."""
+    """One form of a step under a budget; `known` is shared by its copies under other budgets.
+
+    `parts`: of the batch, on which the model runs one after the other.
+    """
 
     captured: Capture
     prepared: Prepared
     known: Known = field(default_factory=Known)
+    parts: int = 1
 
     def least(self, options: Options) -> Solution:
         """Return the plan with the smallest peak that can be found, sought once."""
@@ -134,7 +140,19 @@ def candidate_in_parts(first: Candidate, options: Options, in_parts: Callable[[i
         NoParts: why that cannot be.
     """
     source = Source(lambda: (in_parts(parts),))
-    return prepare_candidates(_captured(source, options), options, first.prepared.device, source, like=first)[0]
+    (made,) = prepare_candidates(_captured(source, options), options, first.prepared.device, source, like=first)
+    return replace(made, parts=parts)
+
+
+def with_parts(candidates: Candidates, options: Options, source: Source) -> Candidates:
+    """Return the candidates, then the step on 2, 4 and 8 parts of the batch as far as it can be cut."""
+    found = list(candidates)
+    for parts in PARTS if source.in_parts is not None else ():
+        try:
+            found.append(candidate_in_parts(candidates[0], options, source.in_parts, parts))  # type: ignore[arg-type]
+        except NoParts:
+            break
+    return tuple(found)
 
 
 def _in_parts(
@@ -207,6 +225,8 @@ def frontier(candidates: Candidates, options: Options, points: int) -> tuple[Pla
     plans: list[Plan] = []
     for budget in budgets:
         if budget in best and (not plans or best[budget].cost_ns < plans[-1].cost_ns):
+            while plans and plans[-1].peak_bytes >= best[budget].peak_bytes:
+                plans.pop()  # found late, for more than it takes
             plans.append(best[budget])
     return tuple(plans)
 
@@ -222,16 +242,45 @@ def _plans(candidate: Candidate, budgets: list[int], options: Options, minimum: 
     limits = solvers.Limits(seconds=options.time_limit, known=() if schedule is None else (schedule,))
     options.report("solving", 0, 1)
     if options.solver == "auto":
-        found = solvers.solve_family(problem, budgets, limits)
+        found = _family(problem, budgets, limits)
     else:
         share = replace(limits, seconds=options.time_limit / len(budgets))
         found = tuple(solvers.solve(problem.with_budget(b), options.solver, share) for b in budgets)
     options.report("solving", 1, 1)
     return [
-        (b, lift(replace(candidate.prepared, problem=problem.with_budget(b)), solution, minimum))
+        (
+            b,
+            replace(
+                lift(replace(candidate.prepared, problem=problem.with_budget(b)), solution, minimum),
+                parts=candidate.parts,
+            ),
+        )
         for b, solution in zip(budgets, found, strict=True)
         if solution.schedule is not None
     ]
+
+
+def _family(problem: Problem, budgets: list[int], limits: Limits) -> tuple[Solution, ...]:
+    """Solve every budget; where rounding is allowed, without it first: more to choose from must not cost anything."""
+    if not problem.noise_limit_ppb:
+        return solvers.solve_family(problem, budgets, limits)
+    start = time.monotonic()
+    known = tuple(s for s in limits.known if not any(problem.ops[o].noise_ppb for o in s))
+    half = replace(limits, seconds=limits.seconds / 2, known=known)
+    exact = solvers.solve_family(replace(problem, noise_limit_ppb=0), budgets, half)
+    left = replace(limits, seconds=max(half.seconds, limits.seconds - (time.monotonic() - start)))
+    rounded = solvers.solve_family(problem, budgets, left)
+    return tuple(_cheaper(problem, a, b) for a, b in zip(rounded, exact, strict=True))
+
+
+def _cheaper(problem: Problem, rounded: Solution, exact: Solution) -> Solution:
+    """Return the cheaper answer to one budget, with what is proven of the larger problem."""
+    costs = [
+        math.inf if s.schedule is None else solvers.simulate(problem, s.schedule).cost_ns for s in (rounded, exact)
+    ]
+    if costs[0] <= costs[1]:
+        return rounded
+    return replace(rounded, status=solvers.Status.FEASIBLE, schedule=exact.schedule, solver=exact.solver)
 
 
 def _smallest(candidates: Candidates, options: Options) -> Candidate:

@@ -42,7 +42,8 @@ class PlannedModule(nn.Module):
     """What `optimize` returns. Training calls run the plan; evaluation and `no_grad` run the plain model.
 
     Parameters, buffers and submodules are the model's own, under the same names. One plan is kept for each
-    combination of input shapes, dtypes, structure and training modes.
+    combination of input shapes, dtypes, structure and training modes. `step_number` counts the planned calls: with
+    `torch.initial_seed()` it alone decides how lossy codes round, so that whoever sets both has the same bits again.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -54,6 +55,7 @@ class PlannedModule(nn.Module):
         self.training = model.training
         self._options = options
         self._planner = Planner(options, model, _build)
+        self.step_number = 0
 
     forward = _Forward()
 
@@ -64,7 +66,9 @@ class PlannedModule(nn.Module):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
         key = (call_key(template, tensors), state_key(self))
-        return self._planner.entry(key, lambda: self._source(args, kwargs)).step.run(model, tensors)
+        step = self._planner.entry(key, lambda: self._source(args, kwargs)).step
+        self.step_number += 1
+        return step.run(model, tensors, self.step_number - 1)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
@@ -137,6 +141,7 @@ class PlannedModule(nn.Module):
         """Copy the model; share the plans, which hold no parameter."""
         new = PlannedModule(copy.deepcopy(self._model, memo), self._options)
         new._planner.copy_of(self._planner)
+        new.step_number = self.step_number
         memo[id(self)] = new
         return new
 

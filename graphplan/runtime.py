@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ class Step:
     capture: Capture
     rewritten: Rewritten
     tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
-    count: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)  # of the steps run
 
     @staticmethod
     def of(capture: Capture, rewritten: Rewritten) -> Step:
@@ -35,23 +33,23 @@ class Step:
         strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in capture.graph.tangents)
         return Step(capture, rewritten, tuple(strides))
 
-    def key(self) -> tuple[int, ...]:
-        """Return what the forward half takes beside the primals: for lossy encodes, the key of the next step."""
-        return (functions.mix(torch.initial_seed(), next(self.count)),) if self.rewritten.keyed else ()
+    def key(self, number: int) -> tuple[int, ...]:
+        """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
+        return (functions.mix(torch.initial_seed(), number),) if self.rewritten.keyed else ()
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+    def run(self, model: nn.Module, tensors: Sequence[Tensor], number: int = 0) -> Any:
         """Return what the model returns for input `tensors`, ready for one backward."""
         graph = self.capture.graph
         primals = [bind(p, model, tensors) for p in graph.primals]
-        fresh = _Planned.apply(self, *primals)  # type: ignore[no-untyped-call]
+        fresh = _Planned.apply(self, self.key(number), *primals)  # type: ignore[no-untyped-call]
         return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
 
 
 class _Planned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Step, *primals: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, step: Step, key: tuple[int, ...], *primals: Tensor) -> tuple[Tensor, ...]:
         with torch._C._DisableAutocast():
-            results = step.rewritten.forward([*primals, *step.key()])
+            results = step.rewritten.forward([*primals, *key])
         outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
         del results
         tangents = step.capture.graph.tangents
@@ -71,7 +69,7 @@ class _Planned(torch.autograd.Function):
             if stride is not None:
                 arguments.append(like_traced(grad, stride))
         with torch._C._DisableAutocast():
-            return (None, *ctx.step.rewritten.backward(arguments))
+            return (None, None, *ctx.step.rewritten.backward(arguments))
 
 
 def _take_saved(ctx: Any) -> list[Tensor]:

@@ -362,7 +362,19 @@ def test_steps_round_anew_and_the_seed_repeats_them() -> None:
             found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         return found
 
+    def after_others(number: int) -> Tensor:
+        """The gradient of one step of a client that has run another before, under another seed."""
+        client = graphplan.apply(model, planned.plan, (x,), **loss)
+        torch.manual_seed(5)
+        client(x)
+        torch.manual_seed(11)
+        client.step_number = number
+        model.zero_grad()
+        token_loss(client(x), loss["example_targets"]).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
     first, second = two_steps(), two_steps()
+    assert torch.equal(after_others(1), first[1])
     assert not torch.equal(first[0], first[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

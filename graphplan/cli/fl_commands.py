@@ -25,7 +25,13 @@ Batch = Annotated[int, typer.Option(min=1, help="Local batch size.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Local epochs of a round.")]
 Rate = Annotated[float, typer.Option(help="Local learning rate (SGD).")]
 Size = Annotated[str, typer.Option(help='"small" or "real": which size of a models_zoo model.')]
-Codecs = Annotated[str, typer.Option(help="Of hybrid plans: none, exact or lossy (rounds). Default: exact.")]
+Codecs = Annotated[
+    str, typer.Option(help="Of hybrid plans: none, exact or lossy (rounds). Default: lossy; whole steps: exact.")
+]
+Forms = Annotated[
+    bool,
+    typer.Option("--forms/--no-forms", help="Hybrid: whole steps in every form, on parts of the batch: least memory."),
+]
 Step = Annotated[bool, typer.Option("--step/--no-step", help="Plan whole steps, the update included.")]
 Program = Annotated[
     bool, typer.Option("--program/--no-program", help="Send programs, for clients that have not the model's source.")
@@ -53,6 +59,7 @@ def run(
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
     codecs: Codecs = "",
     step: Step = False,
+    forms: Forms = False,
     program: Program = False,
     as_json: AsJson = None,
 ) -> None:
@@ -65,7 +72,7 @@ def run(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=clients, per_round=per_round, rounds=rounds, seed=seed, fleet=text, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
-            codecs=codecs, step=step, program=program,
+            codecs=codecs, step=step, forms=forms, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_simulation(config, _listener(json_wanted)), json_wanted)
@@ -88,6 +95,7 @@ def up(
     cap: Annotated[bool, typer.Option("--cap/--no-cap", help="Train under RLIMIT_DATA at each budget.")] = False,
     codecs: Codecs = "",
     step: Step = False,
+    forms: Forms = False,
     program: Program = False,
     as_json: AsJson = None,
 ) -> None:
@@ -100,7 +108,7 @@ def up(
             method=_known(method, federated), model=_absolute(model), size=size, data=data, partition=partition,
             clients=len(budget), per_round=per_round or len(budget), rounds=rounds, seed=seed, batch=batch,
             local_epochs=local_epochs, learning_rate=learning_rate, cap=cap, device=_path(device),
-            codecs=codecs, step=step, program=program,
+            codecs=codecs, step=step, forms=forms, program=program,
         )  # fmt: skip
         launch = importlib.import_module("graphplan.federated.launch")
         _finish(launch.run_deployment(config, budget, _listener(json_wanted)), json_wanted)

@@ -110,7 +110,8 @@ def _own(config: RunConfig, told: ConfigRecord, client: int, budget_bytes: int) 
         trainer.program(fitting or plans[-1])
         return trainer, plans, share, ""
     except (PlanFormatError, PlanMismatch) as e:
-        return trainer, (trainer.plan_here(budget_bytes, config.whole),), share, f"planned here: {e}"
+        whole = METHODS[config.method].execution.under(config).whole
+        return trainer, (trainer.plan_here(budget_bytes, whole),), share, f"planned here: {e}"
 
 
 def _carried(config: RunConfig, told: ConfigRecord, client: int, budget_bytes: int) -> Side:
@@ -168,8 +169,7 @@ def _profile(config: RunConfig) -> Device | None:
     if config.fleet or config.device or config.program:
         return None
     execution = METHODS[config.method].execution.under(config)
-    whole = config.whole and execution.planned
-    return _trainer(config, 1.0).profile(execution.codecs, whole=whole)
+    return _trainer(config, 1.0).profile(execution.codecs, whole=execution.whole, forms=execution.forms)
 
 
 def _client(context: Context) -> int:

@@ -19,8 +19,9 @@ class RunConfig:
     `fleet` is the text of a fleet file ("": every node says its own budget); `device` the path of a saved
     graphplan.Device that all clients are like ("": each measures itself); `out` where the server writes its
     events; `cap` puts local training under RLIMIT_DATA; `codecs` is what hybrid plans may use ("": what
-    the method says; "lossy" rounds); `step` plans whole steps, the update included; `program`
-    sends such steps as programs, for clients that have not the model's source.
+    the method says; "lossy" rounds); `step` plans whole steps, the update included; `forms` (hybrid methods) those in
+    every form and on parts of the batch, for the least memory; `program` sends whole steps as programs, for clients
+    that have not the model's source.
     """
 
     method: str = "fedhybrid"
@@ -41,6 +42,7 @@ class RunConfig:
     cap: bool = False
     codecs: str = ""
     step: bool = False
+    forms: bool = False
     program: bool = False
     device: str = ""
     timeout: float = 600.0
@@ -53,6 +55,8 @@ class RunConfig:
                 raise FederatedError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.per_round > self.clients:
             raise FederatedError(f"per_round is {self.per_round}, but there are {self.clients} clients")
+        if self.forms and self.program:
+            raise FederatedError("programs are of a step's first form: leave forms away")
         if not self.learning_rate > 0:
             raise FederatedError(f"learning_rate is {self.learning_rate}; it must be positive")
 

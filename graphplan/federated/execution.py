@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphplan.cap import Cap, start_threads, tune_malloc
 from graphplan.capture import capture
+from graphplan.choices import prepare_candidates, with_parts
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
@@ -139,10 +140,12 @@ class Trainer:
         return plan
 
     def warm(self, order: Sized | None) -> None:
-        """Run each op once, alone, unless profiling has done so here."""
-        if order is not None and self.device is not None and not self.warmed:
-            plan, self.warmed = cast(Plan, order), True
-            Trainer(self.task).profile(plan.codecs or "none", whole=bool(plan.update))
+        """Run each op once, alone, unless profiling has done so here; plain PyTorch's, too, where there is no plan."""
+        profiled = order is not None and self.device is None  # by `program`
+        if not self.warmed and not profiled:
+            plan = None if order is None else cast(Plan, order)
+            Trainer(self.task).profile((plan and plan.codecs) or "none", whole=bool(plan and plan.update))
+        self.warmed = True
 
     def _example(self, whole: bool) -> tuple[Tensor, ...]:
         return self.task.example if whole else self.task.example[:1]
@@ -158,18 +161,14 @@ class Trainer:
             self.bases[key] = PlannedModule(self.model, options)
         return self.bases[key]
 
-    def profile(self, codecs: str | Iterable[str] = "lossy", *, whole: bool = False) -> Device:
-        """Return what this machine needs for each op of the task's step, with these codecs; measured once."""
+    def profile(self, codecs: str | Iterable[str] = "lossy", *, whole: bool = False, forms: bool = False) -> Device:
+        """Return what this machine needs for each op of the task's step, with these codecs; measured once.
+
+        With `forms` also for those of a whole step's other forms, and of parts of the batch.
+        """
         if self.device is None:
-            images = self.task.example[0]
-            options = task_options(self.task, "100%", codecs)
-            if whole:
-                step = TrainStep(self.model, task_loss, self.optimizer, options)
-                captured = step.source(*self.task.example).captures()[0]
-            else:
-                captured = capture(self.model, (images,))
-            device = Device.this(images.device)
-            prepare(captured, options, device)
+            device = Device.this(self.task.example[0].device)
+            measure_ops(self.task, device, codecs, whole=whole, forms=forms)
             self.device = device
         return self.device
 
@@ -182,6 +181,22 @@ class Trainer:
             self.model.train()
             self.measured[key] = measure(program, (images,), task_loss, example_targets=labels, runs=1).peak_bytes
         return self.measured[key]
+
+
+def measure_ops(
+    task: Task, device: Device, codecs: str | Iterable[str], *, whole: bool = False, forms: bool = False
+) -> None:
+    """Measure the ops of a task's step that `device` does not hold yet; arguments as in `Trainer.profile`."""
+    model, options = task.fresh(), task_options(task, "100%", codecs)
+    if not whole:
+        prepare(capture(model, task.example[:1]), options, device)
+        return
+    step = TrainStep(model, task_loss, torch.optim.SGD(model.parameters(), lr=1.0), options)
+    source = step.source(*task.example)
+    captured = source.captures() if forms else source.captures()[:1]
+    candidates = prepare_candidates(captured, step.options, device, source)
+    if forms:
+        with_parts(candidates, step.options, source)
 
 
 def train(trainer: Trains, batches: Sequence[tuple[Tensor, Tensor]], order: Order, budget: Budget) -> Outcome:
@@ -278,6 +293,8 @@ class _Run:
 
     def plain_step(self, program: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Forward, loss and backward, then the update."""
+        if isinstance(program, PlannedModule):
+            program.step_number = len(self.losses)  # of this client's round, whatever this process ran before
         loss = task_loss(program(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         for p, anchor in zip(self.trainer.model.parameters(), self.anchors, strict=False):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import solvers
-from graphplan.choices import Candidate, frontier, prepare_candidates
+from graphplan.choices import Candidate, Candidates, frontier, prepare_candidates, with_parts
 from graphplan.device import Device
 from graphplan.errors import PlanFormatError
-from graphplan.federated.config import RunConfig
+from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
 from graphplan.federated.task import Task, task_loss, task_options
 from graphplan.lift import Prepared, lift
@@ -34,17 +34,32 @@ class Execution:
 
     `planned` False: plain PyTorch, in the unplanned peak or not at all. `recompute` False takes every second
     computation out of the problem, so that only codecs are left.
+
+    `whole`: plans are of whole steps; with `forms`, of those forms that round otherwise, too, and on parts of the batch
+    where that takes less. `hybrid`: the method has no form of its own to keep to (`under`).
     """
 
     planned: bool = True
     codecs: str = "exact"
     solver: str = "auto"
     recompute: bool = True
+    whole: bool = False
+    forms: bool = False
+    hybrid: bool = False
 
     def under(self, config: RunConfig) -> Execution:
-        """Return it with the codecs that the run asks for, where they are free to be chosen."""
-        free = self.planned and self.recompute and self.codecs != "none" and config.codecs
-        return replace(self, codecs=config.codecs) if free else self
+        """Return how clients of this run execute.
+
+        Only a hybrid is free to take other codecs and forms. Whole steps take exact codecs unless it names some.
+        """
+        if not self.planned or not self.hybrid:
+            return replace(self, whole=self.planned and config.whole)
+        whole = config.whole or config.forms
+        codecs = config.codecs or ("exact" if whole else self.codecs)
+        return replace(self, codecs=codecs, whole=whole, forms=config.forms)
+
+
+HYBRID = Execution(codecs="lossy", hybrid=True)  # keep, recompute or compress, within the cap on gradient noise
 
 
 @dataclass(slots=True)
@@ -55,14 +70,15 @@ class Planner:
     execution: Execution
     config: RunConfig
     devices: dict[str, Device] = field(default_factory=dict)
+    made: dict[Hashable, Frontier] = field(default_factory=dict)  # what an earlier run of the same task has found
     cache: FrontierCache = field(init=False)
     profiled: Device | None = None  # what was planned for last
     texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
     grounds: dict[str, Candidate] = field(default_factory=dict)  # what each class was planned on
 
     def __post_init__(self) -> None:
-        """Start with an empty cache."""
-        self.cache = FrontierCache(self._make)
+        """Start from what was made before."""
+        self.cache = FrontierCache(self._make, self.made)
 
     def frontier(self, device_class: str) -> Frontier:
         """Return the frontier of a class; its Device, when one was reported, is planned for."""
@@ -101,23 +117,42 @@ class Planner:
         given = self.devices.get(device_class)
         options = task_options(self.task, "100%", execution.codecs, execution.solver, self.config.time_limit, given)
         model = self.task.fresh()
-        if self.config.whole and execution.planned:
+        if execution.whole:
             optimizer = torch.optim.SGD(model.parameters(), self.config.learning_rate)
             step = TrainStep(model, task_loss, optimizer, options)
             options, source = step.options, step.source(images, labels)
         else:
             source = Source.of(model, (images,), {}, options)
         device = given or Device.this(images.device)
-        # The first form alone: the others, where a step has any, change the last bits of its numbers.
-        (candidate,) = prepare_candidates(source.captures()[:1], options, device, source)
-        self.profiled, self.grounds[device_class] = device, candidate
-        prepared = candidate.prepared
+        captured = source.captures() if execution.forms else source.captures()[:1]
+        candidates = prepare_candidates(captured, options, device, source)
+        if execution.forms:
+            candidates = with_parts(candidates, options, source)
+        if execution.forms and given is not None:
+            candidates = _measured(candidates)
+        self.profiled, self.grounds[device_class] = device, candidates[0]
+        prepared = candidates[0].prepared
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
         if not execution.recompute:
-            candidate = replace(candidate, prepared=_once(prepared))
-        return Frontier(frontier((candidate,), options, min(MOST_POINTS, self.config.points)))
+            candidates = (replace(candidates[0], prepared=_once(prepared)),)
+        return Frontier(frontier(candidates, options, min(MOST_POINTS, self.config.points)))
+
+
+def _measured(candidates: Candidates) -> Candidates:
+    """Return the candidates of whose ops a saved profile holds all.
+
+    Raises:
+        FederatedError: there is none.
+    """
+    found = tuple(c for c in candidates if c.prepared.profile.measured)
+    if not found:
+        raise FederatedError(
+            "the device's profile lacks ops of whole steps, whose memory must not be guessed: without a profile each "
+            "client measures itself; without --forms plans of forward and backward are made"
+        )
+    return found
 
 
 def _once(prepared: Prepared) -> Prepared:

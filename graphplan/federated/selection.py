@@ -21,7 +21,7 @@ class Candidate:
     labels: tuple[int, ...]
     memory: float  # budget over the unplanned step's peak
     seconds: float  # its round, as the clock would count it
-    op_seconds: float  # all ops of one step once, on its device
+    op_seconds: float  # the ops of one step as it runs them, on its device
 
 
 class Selector(Protocol):

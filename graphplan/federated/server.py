@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from graphplan.codecs import choose_codecs
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.federated.config import FederatedError, RunConfig
+from graphplan.federated.frontier import Frontier
 from graphplan.federated.method import Method
 from graphplan.federated.methods import METHODS
-from graphplan.federated.plans import Planner
+from graphplan.federated.plans import Execution, Planner
 from graphplan.federated.strategy import Client, Emit, PlannedStrategy, ask_facts, wait_for_nodes
 from graphplan.federated.task import task_of
 
@@ -41,8 +43,10 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
+def serve(grid: Grid, config: RunConfig, emit: Emit, made: dict[Hashable, Frontier] | None = None) -> ArrayRecord:
     """Run one method on the clients behind `grid` and return the final weights.
+
+    `made` holds frontiers of earlier runs of the same task on the same device, and receives those of this one.
 
     Raises:
         FederatedError: an unknown method, or clients that do not come.
@@ -56,8 +60,8 @@ def serve(grid: Grid, config: RunConfig, emit: Emit) -> ArrayRecord:
     wait_for_nodes(grid, config.clients, config.timeout)
     # In a simulation all clients are of one class, whose device may be given.
     devices = {"": Device.load(Path(config.device))} if config.device else {}
-    whole = Planner(task_of(config), method.execution, config, devices)
-    unplanned = _unplanned(whole, config)
+    whole = Planner(task_of(config), method.execution, config, devices, {} if made is None else made)
+    unplanned = _unplanned(config, devices)
     clients = ask_facts(grid, sorted(grid.get_node_ids()), unplanned, config, whole)
     if not clients:
         raise FederatedError("no client said what it is: see the log for what each answered")
@@ -86,13 +90,14 @@ def _check_whole(method: Method, config: RunConfig) -> None:
     execution = method.execution
     if config.program and not execution.planned:
         raise FederatedError(f"method {method.name} runs plain PyTorch, which needs the model's source: no programs")
-    if config.whole and execution.planned and not all(c.exact for c in choose_codecs(execution.codecs)):
+    if execution.whole and not all(c.exact for c in choose_codecs(execution.codecs)):
         raise FederatedError(f"method {method.name} rounds activations; whole steps take exact codecs only")
 
 
-def _unplanned(planner: Planner, config: RunConfig) -> int:
-    """Return the unplanned peak of the whole model, of which a fleet's budgets may be fractions."""
-    return planner.unplanned("").baseline_peak_bytes if config.fleet else 0
+def _unplanned(config: RunConfig, devices: dict[str, Device]) -> int:
+    """Return plain PyTorch's peak of the whole model, of which a fleet's budgets may be fractions: for all methods."""
+    plain = Planner(task_of(config), Execution(planned=False), config, devices)
+    return plain.unplanned("").baseline_peak_bytes if config.fleet else 0
 
 
 def _settle(method: Method, config: RunConfig, whole: Planner, clients: list[Client]) -> tuple[float, Planner]:

@@ -175,7 +175,7 @@ class PlannedStrategy(Strategy):
             client.labels,
             client.budget_bytes / unplanned.baseline_peak_bytes,
             member.seconds(steps, step_ns, one_way, one_way),
-            unplanned.baseline_cost_ns / 1e9 / member.of.speed,
+            step_ns / 1e9 / member.of.speed,
         )
 
     def _message(self, server_round: int, client: Client, plans: bytes) -> Message:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from graphplan.federated.client import app as client_app
 from graphplan.federated.config import RunConfig
+from graphplan.federated.frontier import Frontier
 from graphplan.federated.server import serve
 
 
@@ -77,14 +78,16 @@ class InProcessGrid(Grid):
             return [Message(Error(code=0, reason=f"{type(e).__name__}: {e}"), reply_to=message)]
 
 
-def run_in_process(config: RunConfig, grid: InProcessGrid | None = None) -> dict[str, Any]:
-    """Run `config` on the double and return the same report as `graphplan fl run --json`."""
+def run_in_process(
+    config: RunConfig, grid: InProcessGrid | None = None, made: dict[Hashable, Frontier] | None = None
+) -> dict[str, Any]:
+    """Run `config` on the double and return the same report as `graphplan fl run --json`; `made` as in `serve`."""
     from graphplan.federated.report import Report
 
     report, threads = Report(config), torch.get_num_threads()
     torch.set_num_threads(1)  # as clients of Flower's engines have: sums over more differ in their last bits
     try:
-        serve(grid or InProcessGrid(config), config, report.take)
+        serve(grid or InProcessGrid(config), config, report.take, made)
     finally:
         torch.set_num_threads(threads)
     return report.json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from graphplan.federated import RunConfig
 from graphplan.federated.launch import run_deployment, stop, workplace
-from graphplan.federated.testing import run_in_process
+
+Run = Callable[[RunConfig], dict[str, Any]]
 
 
 def _flower_processes() -> set[int]:
@@ -24,7 +26,7 @@ def _flower_processes() -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_two_rounds_on_three_supernodes_with_different_budgets(config: RunConfig) -> None:
+def test_two_rounds_on_three_supernodes_with_different_budgets(config: RunConfig, run: Run) -> None:
     before = _flower_processes()
     config = replace(config, method="random_hybrid", fleet="", clients=3, per_round=3, rounds=2)
     budgets = ("1300KB", "1500KB", "2MB")
@@ -38,8 +40,8 @@ def test_two_rounds_on_three_supernodes_with_different_budgets(config: RunConfig
     assert peaks == sorted(set(peaks))  # each has its own plan
     assert _flower_processes() <= before
     # Plans change no number: the same clients with memory to spare, in one process, end where these did.
-    roomy = config.fleet or '[[class]]\nname="a"\nshare=1\nmemory=[2.0,2.0]\nspeed=1\nuplink_mbps=1\ndownlink_mbps=1\n'
-    assert run_in_process(replace(config, fleet=roomy))["loss"] == report["loss"]
+    roomy = '[[class]]\nname="a"\nshare=1\nmemory=[2.0,2.0]\nspeed=1\nuplink_mbps=1\ndownlink_mbps=1\n'
+    assert run(replace(config, fleet=roomy))["loss"] == report["loss"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphplan.device import Device
 from graphplan.errors import BudgetError, InfeasibleBudget
 from graphplan.federated import DEFAULT_FLEET, METHODS, FederatedError, Frontier, FrontierCache, RunConfig, read_fleet
 from graphplan.federated.budget import predict, read_budget
@@ -25,8 +26,8 @@ from models_zoo import MODELS
 
 @pytest.fixture(scope="module")
 def frontier(device: str) -> Frontier:
-    config = RunConfig(model="models_zoo:cnn", points=6, time_limit=3.0)
-    return Planner(task_of(config), Execution(), config).frontier("")
+    config = RunConfig(model="models_zoo:cnn", points=6, time_limit=300.0)
+    return Planner(task_of(config), Execution(), config, {"": Device.load(device)}).frontier("")
 
 
 # -- fleets -----------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from graphplan.federated import METHODS, FederatedError, RunConfig
+from graphplan.federated import METHODS, FederatedError, Frontier, RunConfig
 from graphplan.federated.launch import run_simulation
 from graphplan.federated.testing import run_in_process
 
+Run = Callable[[RunConfig], dict[str, Any]]
 MEASURED = {"wall_seconds"}  # differ from run to run
 MEASURED_OF_CLIENTS = {"step_ns", "rss_growth_bytes"}
 
@@ -22,8 +24,20 @@ def _figures(report: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig) -> None:
-    report = run_in_process(replace(config, method=name))
+def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig, run: Run) -> None:
+    report = run(replace(config, method=name, codecs=""))
+    _check_budgets(report, name)
+
+
+def test_every_form_of_a_step_lets_clients_take_part_that_no_other_plan_fits(config: RunConfig, run: Run) -> None:
+    """An mlp is parameters and gradients: plans of forward and backward save nothing, so that tight clients refuse."""
+    mlp = replace(config, model="models_zoo:mlp", device="", batch=64, points=2)
+    report = run(replace(mlp, codecs="", forms=True))
+    _check_budgets(report, "forms")
+    assert (report["rounds"][0]["taking_part"], run(mlp)["rounds"][0]["taking_part"]) == (4, 2)
+
+
+def _check_budgets(report: dict[str, Any], name: str) -> None:
     (row,) = report["rounds"]
     assert row["failed"] == 0
     assert row["taking_part"] >= 2
@@ -38,10 +52,10 @@ def test_every_method_runs_and_keeps_to_its_budgets(name: str, config: RunConfig
         assert client["fits"] or not client["rounds"]
 
 
-def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig) -> None:
-    roomy = replace(config, fleet=config.fleet.replace("[0.75, 0.95]", "[1.0, 1.0]"), partition="dirichlet:0.5")
-    planned = run_in_process(replace(config, method="random_hybrid", partition="dirichlet:0.5"))
-    unplanned = run_in_process(replace(roomy, method="fedavg"))
+def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig, run: Run) -> None:
+    roomy = replace(config, fleet=config.fleet.replace("[0.75, 0.95]", "[1.0, 1.0]"))
+    planned = run(config)
+    unplanned = run(replace(roomy, method="fedavg"))
     assert planned["rounds"][0]["taking_part"] == unplanned["rounds"][0]["taking_part"] == 4
     tight = [c for c in planned["clients"] if c["device_class"] == "tight"]
     assert len(tight) == 2
@@ -49,14 +63,15 @@ def test_plans_let_everybody_take_part_and_change_no_number(config: RunConfig) -
     assert planned["loss"] == pytest.approx(unplanned["loss"], rel=1e-5)
 
 
-def test_the_same_seed_repeats_itself_and_another_differs(config: RunConfig) -> None:
-    one, same, other = (run_in_process(replace(config, method="fedavg", seed=s)) for s in (2, 2, 3))
+def test_the_same_seed_repeats_itself_and_another_differs(config: RunConfig, run: Run) -> None:
+    config = replace(config, method="fedavg")
+    one, same, other = run(config), run_in_process(config), run(replace(config, seed=3))
     assert _figures(one) == _figures(same)
     assert one["loss"] != other["loss"]
 
 
-def test_allsmall_narrows_the_model_until_the_weakest_client_fits(config: RunConfig) -> None:
-    report = run_in_process(replace(config, method="allsmall"))
+def test_allsmall_narrows_the_model_until_the_weakest_client_fits(config: RunConfig, run: Run) -> None:
+    report = run(replace(config, method="allsmall"))
     assert report["width"] < 1
     assert all(c["fits"] for c in report["clients"])
     assert report["rounds"][0]["taking_part"] == 4
@@ -83,11 +98,16 @@ def test_what_cannot_be_run_says_so(config: RunConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.ci
 def test_the_double_gives_the_same_numbers_as_flwr_run(config: RunConfig) -> None:
-    both = replace(config, method="fedhybrid", rounds=2, per_round=3)
+    # Plans that round: two clients whose budgets need one, in processes that have run other steps before.
+    fleet = config.fleet.replace("[0.75, 0.95]", "[0.6, 0.68]")
+    both = replace(config, method="fedhybrid", codecs="lossy", fleet=fleet, points=12, rounds=2, per_round=3)
     events: list[str] = []
     engine = run_simulation(both, lambda event: events.append(event["event"])).json()
     assert events == ["start", "round", "round", "round", "end"]
-    double = run_in_process(both)
+    frontiers: dict[Hashable, Frontier] = {}
+    double = run_in_process(both, made=frontiers)
+    planned = {p.peak_bytes: p for f in frontiers.values() for p in f.plans}
+    assert any(planned[c["planned_peak_bytes"]].noise > 0 for c in double["clients"] if c["rounds"])
     # A plan's text also says what its solver had proven when the clock stopped it: a few bytes.
     for one, other in zip(engine["rounds"], double["rounds"], strict=True):
         assert one.pop("bytes_down") == pytest.approx(other.pop("bytes_down"), rel=1e-3)
