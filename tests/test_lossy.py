@@ -270,7 +270,9 @@ def test_a_plan_within_its_cap(name: str) -> None:
     assert 0 < plan.noise <= plan.gradient_noise == 0.1
     assert plan.noise_measured is not None
     assert 0.4 <= plan.noise / plan.noise_measured <= 2.5
-    assert {d.codec for d in plan.decisions.values()} & set(LOSSY)
+    used = {d.codec for d in plan.decisions.values()}
+    assert used & set(LOSSY)
+    assert name != "transformer" or used & {"fewbit4", "fewbit2"}
     assert "gradient noise: predicted" in str(plan)
     report = graphplan.verify(planned, model, (x,), **loss)
     assert report.peak_bytes <= plan.budget_bytes
