@@ -40,7 +40,7 @@ FRONTIERS: dict[Any, Any] = {}  # of plans that do not depend on the seed's weig
 
 
 def run(method: str, seed: int) -> Row:
-    from graphplan.federated import RunConfig
+    from graphplan.federated import METHODS, RunConfig
     from graphplan.federated.testing import run_in_process
 
     name, _, codecs = method.partition(", codecs ")
@@ -50,7 +50,7 @@ def run(method: str, seed: int) -> Row:
         device=str(DEVICE),
     )  # fmt: skip
     start = time.perf_counter()
-    rounding = name == "compress_only" or codecs == "lossy"
+    rounding = name == "compress_only" or (METHODS[name].execution.hybrid and codecs != "exact")
     report = run_in_process(config, made=None if rounding else FRONTIERS)
     clock, accuracy, seconds = 0.0, [], []
     for row in report["rounds"]:
@@ -155,7 +155,9 @@ def main() -> None:
     from graphplan.federated import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("methods", nargs="*", default=[*METHODS, "fedhybrid, codecs lossy"])
+    parser.add_argument(
+        "methods", nargs="*", default=[*METHODS, "fedhybrid, codecs exact", "random_hybrid, codecs exact"]
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--write", type=Path, help="render what is stored into this page and run nothing")
     args = parser.parse_args()

