@@ -25,8 +25,8 @@ from graphplan.noise import estimate, measure_noise
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from models_zoo import MODELS
+from tests.lossy_cases import all_encoded, gradients, offered
 from tests.test_group import FLOATS, laid_out, steps_of
-from tests.test_lossy import all_encoded, gradients, offered
 
 aten = torch.ops.aten
 CONSTS = {"softplus": [1.5, 4.0], "elu": [0.7, 1.05, 1.3]}

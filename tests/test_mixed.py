@@ -22,8 +22,8 @@ from graphplan.meter import peak_of
 from graphplan.noise import estimate, measure_noise
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
+from tests.lossy_cases import all_encoded, conv_net, gradients, images, offered, token_loss
 from tests.test_group import FLOATS
-from tests.test_lossy import all_encoded, conv_net, gradients, images, offered, token_loss
 
 MEAN = 3
 
