@@ -57,6 +57,26 @@ def test_slices_keep_every_bit(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(12, 20, 3, padding=1, bias=False),
+        nn.Conv2d(12, 24, 1),
+        nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=12),
+        nn.ConvTranspose2d(12, 8, 2, stride=2),
+        nn.Conv1d(12, 8, 5, dilation=2),
+    ],
+    ids=lambda layer: type(layer).__name__ + "x".join(map(str, layer.kernel_size)),
+)
+def test_a_sliced_convolution_is_the_whole_one(layer: nn.Conv2d, batch: int) -> None:
+    x = torch.randn(batch, 12, *(30,) * len(layer.kernel_size))
+    whole = layer(x)
+    options = [layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups]
+    assert torch.equal(slices.convolution(x, layer.weight, layer.bias, options, whole.shape), whole)
+
+
+@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("name", ["resnet18", "unet", "gpt", "bert", "mlp", "lstm"])
 def test_the_form_in_less_memory_is_the_same_within_rounding(name: str) -> None:
     entry = MODELS[name]

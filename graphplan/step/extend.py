@@ -14,7 +14,7 @@ from graphplan.interface import Interface, resolve
 from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
-from graphplan.step.slicing import product_of, slice_backward
+from graphplan.step.slicing import product_of, slice_backward, slice_forward
 from graphplan.step.updates import PIECE
 
 aten = torch.ops.aten
@@ -36,6 +36,7 @@ class Extension:
         """Give the loss's gradient its value, drop gradients that nobody wants, add the updates."""
         _start_backward(graph, interface, backward)
         inexact = chunk_loss(graph, interface, backward, only_look=self.exact)
+        inexact = slice_forward(graph, backward, only_look=self.exact) or inexact
         inexact = slice_backward(graph, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):

@@ -1,8 +1,8 @@
-"""Backward ops that work in slices: the same kernels on parts of their operands, in a fraction of the memory.
+"""Ops that work in slices: the same kernels on parts of their operands, in a fraction of the memory.
 
-Where parts are independent (channels of a BatchNorm, images of a convolution's input gradient), the bits are those of
-the whole as long as torch takes the same kernel for a part, which on CPU `_images` sees to. A sum over slices rounds
-differently; such functions say so.
+Where parts are independent (channels of a BatchNorm, images of a convolution and of its input gradient), the bits are
+those of the whole as long as torch takes the same kernel for a part, which on CPU `_images` sees to. A sum over slices
+rounds differently; such functions say so.
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ def batch_norm_backward_(
     return grad, grad_weight, grad_bias
 
 
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], size: Sequence[int]) -> Tensor:
+    """Return the convolution of `x` (N, C, ...), whose result is of `size`, image by image.
+
+    The kernel's scratch, which may be as large as operand and result together, is then that of a slice. `options` are
+    the op's arguments from `stride` to `groups`.
+    """
+    out = x.new_empty(tuple(size))
+    for s in _images(out, x):
+        out[s] = aten.convolution.default(x[s], weight, bias, *options)
+    return out
+
+
 def convolution_input_gradient(grad: Tensor, size: Sequence[int], weight: Tensor, options: Sequence[Any]) -> Tensor:
     """Return convolution_backward's gradient for an input of `size` (N, C, ...), image by image.
 
@@ -70,10 +82,10 @@ def convolution_weight_gradient(
     return total[0], total[1]
 
 
-def _images(grad: Tensor, x: Tensor) -> Iterator[slice]:
+def _images(y: Tensor, x: Tensor) -> Iterator[slice]:
     """Cut a batch (N, C, ...) into slices of images for which torch takes the kernel that it takes for all."""
     lone = x.shape[0] > 1 and x[0].numel() <= LONE_IMAGE
-    return _slices(x.shape[0], max(t.numel() * t.element_size() for t in (grad, x)), least=2 if lone else 1)
+    return _slices(x.shape[0], max(t.numel() * t.element_size() for t in (y, x)), least=2 if lone else 1)
 
 
 def _slices(count: int, nbytes: int, least: int = 1) -> Iterator[slice]:

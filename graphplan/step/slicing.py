@@ -1,4 +1,4 @@
-"""Put sliced backward ops into a step's graph in place of whole ones, where tensors are large."""
+"""Put sliced ops into a step's graph in place of whole ones, where tensors are large."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ from graphplan.views import aliased_input, view_readers
 aten = torch.ops.aten
 LEAST_BYTES = 1 << 22  # smaller operands are not worth a second call
 _TURNS = {aten.view.default: 0, aten._unsafe_view.default: 0, aten.t.default: 1}
+
+
+def slice_forward(graph: fx.Graph, backward: set[fx.Node], only_look: bool) -> bool:
+    """Let large convolutions of the forward work image by image, for less scratch; return whether there are any.
+
+    Slower where kernels have no scratch to speak of, so that it is not done where the step's first form is asked for.
+    """
+    found = False
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        x, weight, bias, *options = node.args
+        value = node.meta["val"]
+        assert isinstance(x, fx.Node)
+        large = _large(value) or _large(x.meta["val"])
+        if node in backward or not large or not value.is_contiguous() or not x.meta["val"].is_contiguous():
+            continue
+        found = True
+        if not only_look:
+            node.target = slices.convolution
+            node.args = (x, weight, bias, list(options), list(value.shape))
+            node.meta["graphplan_pure"] = True
+    return found
 
 
 def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> bool:
