@@ -16,8 +16,6 @@ import json
 import os
 import pydoc_data.topics
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphplan
-from bench.ground import OUT, ROOT, Ground, compress_only, joint_noise, plan_of, prepared_ground, turn_only
+from bench.ground import Ground, compress_only, joint_noise, plan_of, prepared_ground, turn_only
 from bench.hybrid import all_encoded
 from bench.page import write_between
+from bench.processes import OUT, run_again, save_row
 from graphplan import functions
 from graphplan.codecs.lossy import LEAST_BYTES
 from models_zoo import MODELS
@@ -248,17 +247,15 @@ def main() -> None:
     if args.one:
         name, method, seed = args.one
         row = train(TASKS[name](), method, int(seed))
-        (OUT / f"accuracy_{name}_{METHODS.index(method)}_{seed}.json").write_text(json.dumps(row))
+        save_row(f"accuracy_{name}_{METHODS.index(method)}_{seed}", row)
         print(json.dumps(row), flush=True)
         return
-    OUT.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for name in args.tasks:
             for method in METHODS:
                 if (OUT / f"accuracy_{name}_{METHODS.index(method)}_{seed}.json").exists():
                     continue  # a run that was broken off goes on
-                words = [sys.executable, "-m", "bench.accuracy", "--one", name, method, str(seed)]
-                subprocess.run(words, cwd=ROOT, check=False)
+                run_again("accuracy", "--one", name, method, seed)
     text = table([json.loads(p.read_text()) for p in sorted(OUT.glob("accuracy_*.json"))])
     print(text)
     if args.write:

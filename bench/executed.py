@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from bench.processes import OUT, run_again
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out" / "executed.jsonl"
+ROWS = OUT / "executed.jsonl"
 METHODS = ("checkpoint", "ckptplan", "pytorch_budget", "inductor")
 
 
@@ -163,8 +161,8 @@ def _quartiles(ratio: Any) -> list[float]:
 
 
 def _write(row: dict[str, Any]) -> None:
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("a") as out:
+    OUT.mkdir(exist_ok=True)
+    with ROWS.open("a") as out:
         out.write(json.dumps(row) + "\n")
     shown = {k: v for k, v in row.items() if k not in ("small", "plain_peak", "ours_planning_s", "minimum", "rounding")}
     print(json.dumps(shown), flush=True)
@@ -184,10 +182,10 @@ def main() -> None:
         if args.here:
             run_model(name, args)
             continue
-        words = [sys.executable, "-m", "bench.executed", name, "--here", "--pairs", str(args.pairs)]
-        words += ["--minutes", str(args.minutes), "--methods", *args.methods, *(["--small"] if args.small else [])]
-        words += ["--ratios", *map(str, args.ratios)] if args.ratios else []
-        subprocess.run(words, cwd=ROOT, check=False)
+        words = [name, "--here", "--pairs", args.pairs]
+        words += ["--minutes", args.minutes, "--methods", *args.methods, *(["--small"] if args.small else [])]
+        words += ["--ratios", *args.ratios] if args.ratios else []
+        run_again("executed", *words)
 
 
 if __name__ == "__main__":

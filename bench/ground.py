@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.processes import OUT
+
 if TYPE_CHECKING:
     from graphplan.capture import Capture
     from graphplan.instructions import Instructions
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from solvers import Problem, Schedule
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out"
 FAR = 1 << 44  # bytes: nothing else binds
 
 

@@ -9,17 +9,12 @@ single codes are predicted to add, over that of all of them together.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bench.ground import (
-    OUT,
-    ROOT,
     Ground,
     compress_only,
     ground,
@@ -31,6 +26,7 @@ from bench.ground import (
     without_encoded,
 )
 from bench.page import write_between
+from bench.processes import rows_of, run_again, save_row
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75)
 KINDS = ("hybrid", "recompute", "compress")
@@ -186,21 +182,16 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     found = predicted(here, args.time_limit)
     schedules = found.pop("schedules")
     row["predicted"] = found
-    _save(name, row)
+    save_row(f"hybrid_{name}", row)
     if name in args.held:
         row["held"] = held(here, args.time_limit)
-        _save(name, row)
+        save_row(f"hybrid_{name}", row)
     if name in args.sums:
         row["sums"] = sums(here)
-        _save(name, row)
+        save_row(f"hybrid_{name}", row)
     if name in args.steps:
         row["steps"] = steps(here, schedules, args.pairs)
     return row
-
-
-def _save(name: str, row: dict[str, Any]) -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"hybrid_{name}.json").write_text(json.dumps(row, indent=1))
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -276,15 +267,13 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        _save(args.one, measure_model(args.one, args))
+        save_row(f"hybrid_{args.one}", measure_model(args.one, args))
         return
     from models_zoo import MODELS
 
     for name in args.names or MODELS:
-        words = [sys.executable, "-m", "bench.hybrid", "--one", name, *_options(args)]
-        done = subprocess.run(words, cwd=ROOT, check=False)
-        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
-    rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"hybrid_{n}.json").exists()]
+        run_again("hybrid", "--one", name, *_options(args))
+    rows = rows_of("hybrid_", MODELS)
     for place, text in tables(rows).items():
         print(text, end="\n\n")
         if args.write:

@@ -8,18 +8,13 @@ least peak of the plans without codecs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.page import write_between
+from bench.processes import rows_of, run_again, save_row
 
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out"
 CHOICES = ("none", "exact")
 
 
@@ -99,20 +94,14 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
     if args.one:
-        row = measure_model(args.one, args.time_limit)
-        (OUT / f"least_{args.one}.json").write_text(json.dumps(row, indent=1))
+        save_row(f"least_{args.one}", measure_model(args.one, args.time_limit))
         return
     from models_zoo import MODELS
 
     for name in args.names or MODELS:
-        # Threads that spin while they wait would time each other, not the model.
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        command = [sys.executable, "-m", "bench.least", "--one", name, "--time-limit", str(args.time_limit)]
-        done = subprocess.run(command, cwd=ROOT, env=env, check=False)
-        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
-    rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"least_{n}.json").exists()]
+        run_again("least", "--one", name, "--time-limit", args.time_limit)
+    rows = rows_of("least_", MODELS)
     text = table(rows)
     print(text)
     if args.write:

@@ -15,18 +15,16 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bench.processes import OUT, rows_of, run_again, save_row
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out"
 RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
 LEARNING_RATE = 0.01
 LEAST, MOST = 7, 201  # rounds of steps
@@ -301,22 +299,20 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file whose blocks are replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
     if args.one:
-        path, row = measure_one(args)
-        path.write_text(json.dumps(row, indent=1))
+        save_row(*measure_one(args))
     else:
         run_all(args)
 
 
-def measure_one(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Return one model's row and where it belongs."""
+def measure_one(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Return the name of one model's row, and the row."""
     name = args.one
     if args.time:
-        return OUT / f"step_time_{name}.json", measure_time(name, args.seconds)
+        return f"step_time_{name}", measure_time(name, args.seconds)
     if name == "vocabulary":
-        return OUT / "step_vocabulary.json", measure_vocabulary(args.time_limit)
-    return OUT / f"step_{name}.json", measure_model(name, args.time_limit, set(args.peers))
+        return "step_vocabulary", measure_vocabulary(args.time_limit)
+    return f"step_{name}", measure_model(name, args.time_limit, set(args.peers))
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -324,15 +320,10 @@ def run_all(args: argparse.Namespace) -> None:
     from bench.page import write_between
     from models_zoo import MODELS
 
-    given = ["--seconds", str(args.seconds), "--time-limit", str(args.time_limit), "--peers", *args.peers]
+    given = ["--seconds", args.seconds, "--time-limit", args.time_limit, "--peers", *args.peers]
     given += ["--time"] if args.time else []
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
-        command = [sys.executable, "-m", "bench.step", "--one", name, *given]
-        try:
-            done = subprocess.run(command, cwd=ROOT, check=False, timeout=60 * args.minutes)
-            print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: out of time", flush=True)
+        run_again("step", "--one", name, *given, minutes=args.minutes)
     rows, times = rows_of("step_", MODELS), rows_of("step_time_", MODELS)
     blocks = {
         "step table": table(rows) if rows else "",
@@ -343,11 +334,6 @@ def run_all(args: argparse.Namespace) -> None:
         print(text)
         if args.write and text:
             write_between(args.write, block, text)
-
-
-def rows_of(prefix: str, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the rows measured so far."""
-    return [json.loads(p.read_text()) for n in names if (p := OUT / f"{prefix}{n}.json").exists()]
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@ backward) of the planned module and of plain PyTorch in one process.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.page import write_between
-
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out"
+from bench.processes import rows_of, run_again, save_row
 
 
 def measure_model(name: str, pairs: int, time_limit: float) -> dict[str, Any]:
@@ -149,22 +143,14 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
     if args.one:
-        row = measure_model(args.one, args.pairs, args.time_limit)
-        (OUT / f"zoo_{args.one}.json").write_text(json.dumps(row, indent=1))
+        save_row(f"zoo_{args.one}", measure_model(args.one, args.pairs, args.time_limit))
         return
     from models_zoo import MODELS
 
-    names = args.names or list(MODELS)
-    for name in names:
-        options = ["--pairs", str(args.pairs), "--time-limit", str(args.time_limit)]
-        # Threads that spin while they wait would time each other, not the model.
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        command = [sys.executable, "-m", "bench.zoo", "--one", name, *options]
-        done = subprocess.run(command, cwd=ROOT, env=env, check=False)
-        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
-    rows = [json.loads(p.read_text()) for n in MODELS if (p := OUT / f"zoo_{n}.json").exists()]
+    for name in args.names or MODELS:
+        run_again("zoo", "--one", name, "--pairs", args.pairs, "--time-limit", args.time_limit)
+    rows = rows_of("zoo_", MODELS)
     text = table(rows)
     print(text)
     if args.write:

@@ -1,0 +1,39 @@
+"""Each measurement in a process of its own, with no heap, caches or threads of the one before; rows as JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "bench" / "out"
+
+
+def run_again(module: str, *words: object, minutes: float | None = None) -> None:
+    """Run `python -m bench.MODULE WORDS`, and say how it ended; None: as long as it takes."""
+    # Threads that spin while they wait would time each other, not the model.
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    command = [sys.executable, "-m", f"bench.{module}", *map(str, words)]
+    try:
+        limit = None if minutes is None else 60 * minutes
+        done = subprocess.run(command, cwd=ROOT, env=env, check=False, timeout=limit)
+        ended = "done" if done.returncode == 0 else "FAILED"
+    except subprocess.TimeoutExpired:
+        ended = "out of time"
+    print(f"{' '.join(command[2:5])}: {ended}", flush=True)
+
+
+def save_row(name: str, row: dict[str, Any]) -> None:
+    """Write one row."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{name}.json").write_text(json.dumps(row, indent=1))
+
+
+def rows_of(prefix: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the rows measured so far."""
+    return [json.loads(p.read_text()) for n in names if (p := OUT / f"{prefix}{n}.json").exists()]
