@@ -128,16 +128,22 @@ class Planner(Generic[P]):
         key = (key, source.batch is None)
         if key not in self._grounds:
             captured = source.captures()
-            self.device = self.device or Device.this(device_of(self.model, captured[0]))
+            here = self.options.device or self._machine(device_of(self.model, captured[0]))
             noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
-            self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
+            self._grounds[key] = prepare_candidates(captured, options, here, source, noise)
         # A percentage is of the largest unplanned step so far: the smaller last batch has the room of the others.
         largest = max(cs[0].prepared.baseline_peak_bytes for cs in self._grounds.values())
         return at_budget(self._grounds[key], parse_budget(options.budget, largest))
 
+    def _machine(self, like: torch.device) -> Device:
+        """Return what was measured of this machine with as many threads as there are now."""
+        if self.device is None or self.device.threads != torch.get_num_threads():
+            self.device = Device.this(like)
+        return self.device
+
 
 def state_key(model: nn.Module) -> Hashable:
-    """Return what of the model's state, and of autocast's, a captured graph depends on."""
+    """Return what of the model's state and of torch's a plan depends on: kernels' scratch does on the threads."""
     parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters())
     autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (parameters, tuple(m.training for m in model.modules()), autocast)
+    return (parameters, tuple(m.training for m in model.modules()), autocast, torch.get_num_threads())
