@@ -146,4 +146,14 @@ def state_key(model: nn.Module) -> Hashable:
     """Return what of the model's state and of torch's a plan depends on: kernels' scratch does on the threads."""
     parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters())
     autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (parameters, tuple(m.training for m in model.modules()), autocast, torch.get_num_threads())
+    return (parameters, tuple(map(_settings, model.modules())), autocast, torch.get_num_threads())
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Return what a module is and does; of torch's own also its numbers, as a dropout's `p`. Others may be counters."""
+    kind = type(module)
+    own = vars(module).values() if kind.__module__.startswith("torch.nn.") else ()
+    return (kind, module.training, tuple(v for v in own if type(v) in _PLAIN))
+
+
+_PLAIN = (bool, int, float, str)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_semantics import Net
+from torch import nn
 
 import graphplan
 from models_zoo import MODELS
@@ -61,3 +62,16 @@ def test_more_threads_take_more_scratch_and_are_planned_for(threads: int) -> Non
     torch.set_num_threads(1)
     planned(*example.inputs)
     assert planned.plan is alone  # nothing is planned twice
+
+
+def test_a_module_that_is_changed_or_replaced_is_captured_anew() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.9), nn.Linear(8, 4))
+    planned, x = graphplan.optimize(model, "100%"), torch.randn(6, 8)
+    planned(x).sum().backward()
+    model[2].p = 0.0  # as a schedule would set it
+    assert torch.equal(planned(x), model(x))
+    model[1] = nn.GELU()
+    assert torch.equal(planned(x), model(x))
+    before = planned.entry()
+    planned(x).sum().backward()
+    assert planned.entry() is before
