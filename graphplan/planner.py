@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -142,11 +142,13 @@ class Planner(Generic[P]):
         return self.device
 
 
-def state_key(model: nn.Module) -> Hashable:
-    """Return what of the model's state and of torch's a plan depends on: kernels' scratch does on the threads."""
-    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters())
+def state_key(*owners: Any) -> Hashable:
+    """Return what of the modules among `owners`, and of torch, a plan depends on: kernels' scratch does on threads."""
+    models = [m for m in owners if isinstance(m, nn.Module)]
+    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for m in models for p in m.parameters())
+    settings = tuple(_settings(module) for m in models for module in m.modules())
     autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (parameters, tuple(map(_settings, model.modules())), autocast, torch.get_num_threads())
+    return (parameters, settings, autocast, torch.get_num_threads())
 
 
 def _settings(module: nn.Module) -> Hashable:

@@ -75,3 +75,12 @@ def test_a_module_that_is_changed_or_replaced_is_captured_anew() -> None:
     before = planned.entry()
     planned(x).sum().backward()
     assert planned.entry() is before
+
+
+def test_a_loss_that_is_changed_is_captured_anew() -> None:
+    model, loss = nn.Linear(8, 4), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 8), torch.randint(0, 4, (6,))
+    step = graphplan.train_step(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), "100%", x, y)
+    step(x, y)
+    loss.label_smoothing = 0.3
+    assert torch.equal(loss(model(x), y), step(x, y))
