@@ -149,7 +149,7 @@ def groups() -> Cases:
     for bits in (8, 4, 2, HALF):
         name = "bfloat16" if bits == HALF else f"{bits} bit"
         if fast:
-            warm_up(bits, x.dtype, x.device)
+            warm_up(x.numel(), bits, x.dtype, x.device)
         code = quantise(x, bits, 1, 1)
         cases[f"pack {name}, {words}"] = (partial(quantise, x, bits, 1, 1), pack_targets.get(bits))
         target = unpack_target if bits in pack_targets else None

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 OUT, DEVICE = ROOT / "bench" / "out" / "federated.jsonl", ROOT / "bench" / "out" / "federated_device.json"
 PLOT = ROOT / "docs" / "plots" / "federated.svg"
 SEEDS, ROUNDS, CLIENTS, PER_ROUND = range(5), 30, 100, 10
+OPTIONS = ("codecs exact", "forms")  # of a method, beside it: exact plans; whole steps in every form
 TARGETS = (0.5, 0.8)
 LAST = 5  # rounds whose mean is the final accuracy
 FLEET = "".join(
@@ -43,14 +44,15 @@ def run(method: str, seed: int) -> Row:
     from graphplan.federated import METHODS, RunConfig
     from graphplan.federated.testing import run_in_process
 
-    name, _, codecs = method.partition(", codecs ")
+    name, *options = method.split(", ")
+    codecs = next((o.removeprefix("codecs ") for o in options if o.startswith("codecs ")), "")
     config = RunConfig(
         method=name, codecs=codecs, model="models_zoo:cnn", partition="dirichlet:0.1", clients=CLIENTS,
         per_round=PER_ROUND, rounds=ROUNDS, seed=seed, fleet=FLEET, local_epochs=5, points=16, time_limit=60.0,
-        device=str(DEVICE),
+        device=str(DEVICE), forms="forms" in options,
     )  # fmt: skip
     start = time.perf_counter()
-    rounding = name == "compress_only" or (METHODS[name].execution.hybrid and codecs != "exact")
+    rounding = name == "compress_only" or (METHODS[name].execution.hybrid and not options)
     report = run_in_process(config, made=None if rounding else FRONTIERS)
     clock, accuracy, seconds = 0.0, [], []
     for row in report["rounds"]:
@@ -156,7 +158,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "methods", nargs="*", default=[*METHODS, "fedhybrid, codecs exact", "random_hybrid, codecs exact"]
+        "methods",
+        nargs="*",
+        default=[*METHODS, *(f"{m}, {o}" for m in ("fedhybrid", "random_hybrid") for o in OPTIONS)],
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--write", type=Path, help="render what is stored into this page and run nothing")

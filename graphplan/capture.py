@@ -204,19 +204,23 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name!r} is complex ({p.dtype}); only real parameters are planned")
 
 
+_PLAIN_TENSOR = "allow_non_fake_inputs"  # torch's words where a tensor is neither parameter nor buffer
+_DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent", "DynamicOutputShape")
+
+
 def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
     """Say what failed, at which line of the model, and what would help."""
-    lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
     # The second rung gets further: its line is the one to change.
     place = _user_line(second) or _user_line(first)
+    if _PLAIN_TENSOR in str(first):  # what the second rung is for
+        first = second
+    lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
     if place is not None:
         lines.append(f"  at {place}")
-    words = f"{first} {second}"
+    words = f"{_headline(first)} {first} {second}"
     if "forward() " in words and "argument" in words:
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
-    elif any(
-        w in words for w in ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent")
-    ):
+    elif any(w in words for w in _DATA):
         lines.append(
             "  this line asks a tensor for a Python value (if, int(), .item(), boolean mask), so the graph depends on "
             "data; use torch.where or move the decision outside the model"

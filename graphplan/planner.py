@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -128,16 +128,34 @@ class Planner(Generic[P]):
         key = (key, source.batch is None)
         if key not in self._grounds:
             captured = source.captures()
-            self.device = self.device or Device.this(device_of(self.model, captured[0]))
+            here = self.options.device or self._machine(device_of(self.model, captured[0]))
             noise = next((c.prepared.noise for cs in self._grounds.values() for c in cs if c.prepared.noise), None)
-            self._grounds[key] = prepare_candidates(captured, options, self.device, source, noise)
+            self._grounds[key] = prepare_candidates(captured, options, here, source, noise)
         # A percentage is of the largest unplanned step so far: the smaller last batch has the room of the others.
         largest = max(cs[0].prepared.baseline_peak_bytes for cs in self._grounds.values())
         return at_budget(self._grounds[key], parse_budget(options.budget, largest))
 
+    def _machine(self, like: torch.device) -> Device:
+        """Return what was measured of this machine with as many threads as there are now."""
+        if self.device is None or self.device.threads != torch.get_num_threads():
+            self.device = Device.this(like)
+        return self.device
 
-def state_key(model: nn.Module) -> Hashable:
-    """Return what of the model's state, and of autocast's, a captured graph depends on."""
-    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters())
+
+def state_key(*owners: Any) -> Hashable:
+    """Return what of the modules among `owners`, and of torch, a plan depends on: kernels' scratch does on threads."""
+    models = [m for m in owners if isinstance(m, nn.Module)]
+    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for m in models for p in m.parameters())
+    settings = tuple(_settings(module) for m in models for module in m.modules())
     autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (parameters, tuple(m.training for m in model.modules()), autocast)
+    return (parameters, settings, autocast, torch.get_num_threads())
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Return what a module is and does; of torch's own also its numbers, as a dropout's `p`. Others may be counters."""
+    kind = type(module)
+    own = vars(module).values() if kind.__module__.startswith("torch.nn.") else ()
+    return (kind, module.training, tuple(v for v in own if type(v) in _PLAIN))
+
+
+_PLAIN = (bool, int, float, str)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
 from test_semantics import Net
+from torch import nn
 
 import graphplan
+from models_zoo import MODELS
 
 
 def test_the_smaller_last_batch_keeps_the_decisions() -> None:
@@ -32,3 +38,49 @@ def test_a_larger_batch_that_no_longer_fits_is_solved_again() -> None:
     planned(larger).sum().backward()
     assert "carried" not in planned.plan.solver
     assert planned.plan.peak_bytes <= unplanned.peak_bytes
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Give the number of threads back."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_more_threads_take_more_scratch_and_are_planned_for(threads: int) -> None:
+    entry = MODELS["unet"]
+    model, example = entry.build_small(), entry.example_small()
+    call: dict[str, Any] = {"loss_fn": entry.loss, "example_targets": example.targets}
+    torch.set_num_threads(1)
+    planned = graphplan.optimize(model, "75%", example.inputs, time_limit=10, **call)
+    alone = planned.plan
+    torch.set_num_threads(2)
+    found = graphplan.measure(planned, example.inputs, **call)
+    assert found.peak_bytes == planned.plan.peak_bytes <= planned.plan.budget_bytes
+    assert planned.device_profile.threads == 2
+    torch.set_num_threads(1)
+    planned(*example.inputs)
+    assert planned.plan is alone  # nothing is planned twice
+
+
+def test_a_module_that_is_changed_or_replaced_is_captured_anew() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.9), nn.Linear(8, 4))
+    planned, x = graphplan.optimize(model, "100%"), torch.randn(6, 8)
+    planned(x).sum().backward()
+    model[2].p = 0.0  # as a schedule would set it
+    assert torch.equal(planned(x), model(x))
+    model[1] = nn.GELU()
+    assert torch.equal(planned(x), model(x))
+    before = planned.entry()
+    planned(x).sum().backward()
+    assert planned.entry() is before
+
+
+def test_a_loss_that_is_changed_is_captured_anew() -> None:
+    model, loss = nn.Linear(8, 4), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 8), torch.randint(0, 4, (6,))
+    step = graphplan.train_step(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), "100%", x, y)
+    step(x, y)
+    loss.label_smoothing = 0.3
+    assert torch.equal(loss(model(x), y), step(x, y))

@@ -78,6 +78,22 @@ def test_data_dependent_control_flow_names_the_line() -> None:
     assert "torch.where" in str(caught.value)
 
 
+def test_a_shape_that_depends_on_a_plain_tensor_names_the_line() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.mask = nn.Linear(8, 8), torch.arange(8) > 2  # neither parameter nor buffer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x)[:, self.mask]
+
+    with pytest.raises(
+        graphplan.CaptureError, match=r"DynamicOutputShape.*\n.*self.lin\(x\)\[:, self.mask\]"
+    ) as caught:
+        graphplan.optimize(Masked(), "100%", (X,))
+    assert "boolean mask" in str(caught.value)
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(graphplan.UnsupportedModel, match="no trainable parameter"):
         graphplan.optimize(net().requires_grad_(False), "100%", (X,))

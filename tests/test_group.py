@@ -158,7 +158,7 @@ def test_both_halves_bound_the_temporaries(
     if bits == HALF and dtype is torch.bfloat16:
         pytest.skip("no code")
     if fast:
-        functions.warm_up(bits, x.dtype, x.device)
+        functions.warm_up(x.numel(), bits, x.dtype, x.device)
     else:
         monkeypatch.setattr(group, "compiled", lambda *args: None)
     for peak_bytes, kept in (
@@ -174,7 +174,15 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no compiler")
     large, chunk = group.FAST_BLOCKS[0], functions.CHUNK
-    sizes = (3 * chunk + 1001, chunk + 1, *range(large - 1, large + 2), 2 * large, 2 * large + chunk, 3 * large + 7)
+    sizes = (
+        3 * chunk + 1001,
+        chunk + 1,
+        *range(large - 1, large + 2),
+        2 * large,
+        2 * large + chunk,
+        3 * large + 7,
+        16 * chunk + 5,
+    )
     dtypes = [torch.float32] * len(sizes) + ([torch.bfloat16] if bits != HALF else [])
     for size, dtype in zip((*sizes, sizes[0]), dtypes, strict=False):
         x = (torch.randn(size) * 3 + 1).to(dtype)
@@ -214,11 +222,11 @@ def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "compile", lambda made, **options: made)
     fast = compiled.__wrapped__(kernel, trial, torch.device("cpu"))
     x, seed, codes = trial(torch.device("cpu"))
-    least, _ = kernel(x, seed, codes)
+    least, *_ = kernel(x, seed, codes)
     fast.run = broken(None)  # later, in the middle of a step
     again = torch.zeros_like(codes)
     with pytest.warns(RuntimeWarning, match="no such instruction"):
-        found, _ = fast(x, seed, again)
+        found, *_ = fast(x, seed, again)
     assert torch.equal(found.nan_to_num(), least.nan_to_num())
     assert torch.equal(again, codes)
     assert fast.run is kernel

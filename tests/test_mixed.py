@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -183,3 +184,17 @@ def test_a_plan_that_uses_it() -> None:
     )  # fmt: skip
     assert "mixed3" in {d.codec for d in planned.plan.decisions.values()}
     graphplan.verify(planned, model, (x,), loss_fn=token_loss, example_targets=targets)
+
+
+def test_images_larger_than_a_chunk() -> None:
+    """What compiled kernels serve is nothing to this codec: no width of its mean is one of theirs."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d
+    model = torch.nn.Sequential(conv(3, 16, 3, padding=1), torch.nn.GELU(), conv(16, 4, 3, padding=1))
+    x = torch.randn(2, 3, 96, 96)
+    assert 2 * 16 * 96 * 96 > functions.CHUNK
+    call = {"loss_fn": lambda y: y.square().mean()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        planned = graphplan.optimize(model, "90%", (x,), codecs=("mixed3",), time_limit=5, **call)
+    graphplan.verify(planned, model, (x,), **call)

@@ -89,8 +89,9 @@ class Lossy:
     def warm_up(self, graph: Graph) -> None:
         """Compile before anything is measured."""
         vals = [node.meta["val"] for node, _ in saved_nodes(graph) if codable(node, self.bits)]
-        for dtype, device in {(v.dtype, v.device) for v in vals if v.numel() > functions.CHUNK}:
-            functions.warm_up(self.bits, dtype, device)
+        for dtype, device in {(v.dtype, v.device) for v in vals}:
+            largest = max(v.numel() for v in vals if (v.dtype, v.device) == (dtype, device))
+            functions.warm_up(largest, self.bits, dtype, device)
 
     def _serves(self, graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
         """Return whether the backward `op` can run from the code."""

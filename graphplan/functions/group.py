@@ -28,7 +28,7 @@ from graphplan.functions.register import registered
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-FAST_BLOCKS = (2 * CHUNK, CHUNK // 2)  # elements that compiled kernels work on, largest first: exactly so many
+FAST_BLOCKS = (2 * CHUNK, CHUNK // 4)  # elements that compiled kernels work on, largest first: exactly so many
 SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
 PIECE = 3 * SPAN  # elements that kernels work on as they are: all that they hold is less than a chunk in float32
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -88,7 +88,7 @@ def encode(
             kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        low[rows], step[rows] = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
+        low[rows], step[rows], _ = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -113,10 +113,11 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
 
 
 def decodings(
-    packed: Tensor, numel: int, bits: int, dtype: torch.dtype, blocks: Sequence[int] = FAST_BLOCKS
+    packed: Tensor, numel: int, bits: int, dtype: torch.dtype, blocks: Sequence[int] | None = None
 ) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
     """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`)."""
     parts = _parts(packed, numel, bits)
+    blocks = _decode_blocks(bits, dtype) if blocks is None else blocks
     for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks, PIECE):
         own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
         yield start, stop, partial(_decode_to, kernel, own)
@@ -131,10 +132,10 @@ def _stretches(
 ) -> Iterator[tuple[int, int, Kernel]]:
     """Cut a tensor into what one call of a kernel works on: pieces, or with a compiler blocks of its sizes first.
 
-    A compiled kernel keeps less beside its results. For a tensor of one chunk, compiling one does not pay.
+    A compiled kernel keeps less beside its results.
     """
     kernel, start = _kernel(half, bits), 0
-    for block in blocks if numel > CHUNK else ():
+    for block in _compiled_blocks(numel, blocks):
         fast = compiled(kernel, _trial(half, bits, dtype, block), device)
         while fast is not None and start + block <= numel:
             yield start, start + block, fast
@@ -170,17 +171,29 @@ def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
         parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
         if half == "encode":
             return x, noise.view(-1, GROUP), parts[0]
-        low, step = _encode(x, noise.view(-1, GROUP), parts[0], bits)
+        low, step, _ = _encode(x, noise.view(-1, GROUP), parts[0], bits)
         return parts[0], low, step, torch.empty_like(x)
 
     return arguments
 
 
-def warm_up(bits: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what `quantise` and `dequantise` of large tensors run, where a compiler stands."""
-    for half in ("encode", "decode") if bits != HALF else ("encode",):
-        for block in FAST_BLOCKS:
+def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `quantise` and `dequantise` of up to `numel` elements run, where a compiler stands."""
+    for half, blocks in (("encode", FAST_BLOCKS), ("decode", _decode_blocks(bits, dtype))):
+        for block in _compiled_blocks(numel, blocks):
             compiled(_kernel(half, bits), _trial(half, bits, dtype, block), device)
+
+
+def _decode_blocks(bits: int, dtype: torch.dtype) -> Sequence[int]:
+    """Decoding reads once, so that no cache need hold a block; what it holds beside narrow results grows with one."""
+    if bits == HALF:
+        return ()
+    return (16 * CHUNK, *FAST_BLOCKS) if dtype is torch.float32 else FAST_BLOCKS
+
+
+def _compiled_blocks(numel: int, blocks: Sequence[int]) -> list[int]:
+    """For a tensor of one chunk, compiling does not pay."""
+    return [block for block in blocks if CHUNK < numel >= block]
 
 
 def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,8 +210,11 @@ def _whole_groups(chunk: Tensor) -> Tensor:
     return chunk.view(-1, GROUP)
 
 
-def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Write the codes of the groups x (groups, GROUP), by noise in [0, 1); return their minima and steps."""
+def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the codes of the groups x (groups, GROUP), by noise in [0, 1); return their minima, steps and rates.
+
+    The rates are returned so that a compiler computes each once, and not again for every vector of its group.
+    """
     levels, each = (1 << bits) - 1, 8 // bits
     least, most = x.amin(dim=1).float(), x.amax(dim=1).float()  # aminmax is ten times as slow
     width = (most - least).mul_(1 / levels)
@@ -215,7 +231,7 @@ def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor,
     for i in range(1, each):
         code = code.add(parts[:, i], alpha=1 << (bits * i))  # exact
     codes.copy_(code.int())  # on CPU straight from float32 to uint8 is five times as slow
-    return least, width
+    return least, width, rate
 
 
 def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:

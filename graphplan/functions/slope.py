@@ -50,7 +50,8 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
     packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
 
     def load(start: int, stop: int) -> Tensor:
-        return SLOPES[function](torch.ones(stop - start, device=x.device), flat[start:stop].float(), *consts)
+        one = torch.ones((), device=x.device).expand(stop - start)
+        return SLOPES[function](one, flat[start:stop].float(), *consts)
 
     encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS, 2 * SPAN)
     return packed

@@ -157,7 +157,7 @@ class TrainStep(WholeStep):
         args, kwargs = call_arguments(inputs, targets)
         template, given = flatten_call(args, kwargs)
         tensors = [t.detach() for t in given]
-        key = (call_key(template, tensors), state_key(self.model), self._shape)
+        key = (call_key(template, tensors), state_key(self.model, self._loss_fn), self._shape)
         source = Source(
             lambda: self._capture(template, tensors, slots),
             in_parts=lambda parts: self._capture_parts(template, tensors, slots, parts),
