@@ -180,7 +180,8 @@ def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple
     if method.startswith("uniform"):
         schedule = tuple(all_encoded(here, "int4")[0])
     elif method.startswith("noise"):
-        for limit in (problem.noise_limit_ppb, problem.noise_limit_ppb * 3 // 4, 0):  # as a plan's own check does
+        whole = problem.noise_limit_ppb
+        for limit in (whole, whole // 2, whole // 4, 0):  # as a plan's own check does
             capped = replace(problem, noise_limit_ppb=limit)
             least = solvers.least_peak(turn_only(compress_only(capped)), solvers.Limits(seconds=4))
             assert least.schedule is not None
