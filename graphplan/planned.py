@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, update_wrapper
@@ -21,11 +23,16 @@ from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner, state_key
 from graphplan.rewrite import rewrite
-from graphplan.runtime import Step
+from graphplan.runtime import Awaited, Step
 from graphplan.step import TrainStep, apply_step
 from graphplan.tree import as_tuple
 from graphplan.units import check_budget
 
+_TWO_CALLS = (
+    "the planned module is called again while values of its last call wait for their backward: each call is within the "
+    "budget, the two together are not. Plan a module that makes both calls, run backward between them, or use "
+    "torch.no_grad() where no gradient is needed"
+)
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -56,6 +63,7 @@ class PlannedModule(nn.Module):
         self._options = options
         self._planner = Planner(options, model, _build)
         self.step_number = 0
+        self._awaited: Callable[[], Awaited | None] = lambda: None
 
     forward = _Forward()
 
@@ -68,7 +76,11 @@ class PlannedModule(nn.Module):
         key = (call_key(template, tensors), state_key(self))
         step = self._planner.entry(key, lambda: self._source(args, kwargs)).step
         self.step_number += 1
-        return step.run(model, tensors, self.step_number - 1)
+        if self._awaited() is not None:
+            warnings.warn(_TWO_CALLS, RuntimeWarning, stacklevel=2)
+        awaited = Awaited()
+        self._awaited = weakref.ref(awaited)
+        return step.run(model, tensors, self.step_number - 1, awaited)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""

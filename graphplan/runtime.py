@@ -18,6 +18,10 @@ from graphplan.interface import resolve
 from graphplan.rewrite import Rewritten
 
 
+class Awaited:
+    """Lives as long as the values of one call that wait for its backward."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A rewritten graph and the structures around it: `run` is one call of the planned model."""
@@ -37,17 +41,19 @@ class Step:
         """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
         return (functions.mix(torch.initial_seed(), number),) if self.rewritten.keyed else ()
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor], number: int = 0) -> Any:
-        """Return what the model returns for input `tensors`, ready for one backward."""
+    def run(self, model: nn.Module, tensors: Sequence[Tensor], number: int = 0, awaited: Awaited | None = None) -> Any:
+        """Return what the model returns for input `tensors`, ready for one backward; until then `awaited` is held."""
         graph = self.capture.graph
         primals = [bind(p, model, tensors) for p in graph.primals]
-        fresh = _Planned.apply(self, self.key(number), *primals)  # type: ignore[no-untyped-call]
+        fresh = _Planned.apply(self, self.key(number), awaited, *primals)  # type: ignore[no-untyped-call]
         return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
 
 
 class _Planned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Step, key: tuple[int, ...], *primals: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, step: Step, key: tuple[int, ...], awaited: Awaited | None, *primals: Tensor
+    ) -> tuple[Tensor, ...]:
         with torch._C._DisableAutocast():
             results = step.rewritten.forward([*primals, *key])
         outputs, saved = results[: step.rewritten.outputs], results[step.rewritten.outputs :]
@@ -55,7 +61,7 @@ class _Planned(torch.autograd.Function):
         tangents = step.capture.graph.tangents
         ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tangents, strict=True) if t is None))
         ctx.save_for_backward(*saved)
-        ctx.step = step
+        ctx.step, ctx.awaited = step, awaited
         return tuple(outputs)
 
     @staticmethod
@@ -69,7 +75,7 @@ class _Planned(torch.autograd.Function):
             if stride is not None:
                 arguments.append(like_traced(grad, stride))
         with torch._C._DisableAutocast():
-            return (None, None, *ctx.step.rewritten.backward(arguments))
+            return (None, None, None, *ctx.step.rewritten.backward(arguments))
 
 
 def _take_saved(ctx: Any) -> list[Tensor]:
@@ -85,6 +91,7 @@ def _take_saved(ctx: Any) -> list[Tensor]:
         ) from e
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.maybe_clear_saved_tensors()
+        ctx.awaited = None
     return saved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,3 +85,19 @@ def test_a_loss_that_is_changed_is_captured_anew() -> None:
     step(x, y)
     loss.label_smoothing = 0.3
     assert torch.equal(loss(model(x), y), step(x, y))
+
+
+def test_two_calls_before_a_backward_are_warned_of() -> None:
+    planned, x = graphplan.optimize(Net(), "100%"), torch.randn(6, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            loss = planned(x).sum()  # the last loss is alive, its values are not
+            loss.backward()
+        with torch.no_grad():
+            planned(x)
+        planned(x)  # nobody asked for its backward
+        one = planned(x)
+    with pytest.warns(RuntimeWarning, match="wait for their backward"):
+        two = planned(x)
+    (one + two).sum().backward()
