@@ -32,6 +32,7 @@ def normalise(
     graph = module.graph
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
+    _mend_whole_dropout(graph)
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
@@ -68,6 +69,20 @@ def _mend_mixed_batch_norm(graph: fx.Graph) -> None:
         node.meta["val"] = tuple(v.to(dtype) if i in (1, 2) else v for i, v in enumerate(node.meta["val"]))
         for item in node.users:
             item.meta["val"] = node.meta["val"][item.args[1]]
+
+
+def _mend_whole_dropout(graph: fx.Graph) -> None:
+    """Draw nothing where dropout drops everything, as outside a trace: native_dropout draws all the same."""
+    for node in graph.find_nodes(op="call_function", target=aten.native_dropout.default):
+        x, share, train = node.args
+        if share != 1 or train is not True:
+            continue
+        for item in list(node.users):  # which the interface may name
+            if item.args[1] == 0:
+                item.target, item.args = aten.mul.Tensor, (x, 0.0)
+            else:
+                item.target, item.args, item.kwargs = aten.zeros_like.default, (x,), {"dtype": torch.bool}
+        graph.erase_node(node)
 
 
 def _copy_scalars(graph: fx.Graph, interface: Interface) -> None:
