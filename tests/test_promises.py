@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
 
 import graphplan
 import solvers
@@ -74,3 +76,13 @@ def test_every_choice_of_codecs_is_exact(codecs: str | tuple[str, ...]) -> None:
     graphplan.verify(planned, model, example.inputs, **loss)
     used = {d.codec for d in planned.plan.decisions.values() if d.codec}
     assert used <= set(planned.plan.codecs)  # that they are used is tested where nothing else would do
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_dropout_draws_what_the_plain_model_draws(p: float) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p), nn.Linear(8, 2)), torch.randn(4, 8)
+    planned, states = graphplan.optimize(model, "100%", (x,)), []
+    for net in (model, planned):
+        torch.manual_seed(3)
+        states.append((net(x), torch.get_rng_state()))
+    assert all(map(torch.equal, *states))

@@ -355,16 +355,6 @@ def test_recurrent_and_norm_layers() -> None:
     assert_same(*both(Many(), "90%", lambda m: m(x)))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_dropout_draws_what_the_plain_model_draws(p: float) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p), nn.Linear(8, 2)), torch.randn(4, 8)
-    planned, states = graphplan.optimize(model, "100%", (x,)), []
-    for net in (model, planned):
-        torch.manual_seed(3)
-        states.append((net(x), torch.get_rng_state()))
-    assert all(map(torch.equal, *states))
-
-
 def test_torch_compile_backend() -> None:
     model = Net()
     twin = copy.deepcopy(model)
