@@ -18,6 +18,7 @@ from graphplan.device import Device, Sample, sample_key
 from graphplan.graph import Graph, target_text
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter
+from graphplan.strides import made_up
 
 MIN_RUNS = 3
 MAX_RUNS = 15
@@ -224,7 +225,7 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
         # A region that raised has a reading too, of no use.
         readings = [r for r, ok in zip(meter.readings, (p in ran for p in probes), strict=True) if ok]
         for i, (probe, reading) in enumerate(zip(ran, readings, strict=True)):
-            inputs = [_make(t, device) for t in probe.inputs]
+            inputs = [made_up(t, device) for t in probe.inputs]
             cost_ns = _time(probe.module, inputs, device) if probe.timed else 0
             del inputs
             scratch = max(0, reading.peak_bytes - probe.written_bytes)
@@ -236,7 +237,7 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
 
 def _runs(probe: _Probe, meter: Meter, device: torch.device) -> bool:
     """Run `probe` metered; False where the op refuses made-up values (a factorisation, an index check)."""
-    inputs = [_make(t, device) for t in probe.inputs]
+    inputs = [made_up(t, device) for t in probe.inputs]
     try:
         if not probe.target.endswith(":op"):
             probe.module(*inputs)  # the codecs' functions make small tables when they first run, and keep them
@@ -252,19 +253,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), str(value.dtype))
     return {k: _described(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _make(like: Any, device: torch.device) -> Any:
-    """Return a tensor of `like`'s geometry: floats of one half, integers of zero (a legal index everywhere).
-
-    Of a dict, a dict of such tensors; other values in it stay.
-    """
-    if isinstance(like, dict):
-        return {k: _make(v, device) for k, v in like.items()}
-    if not isinstance(like, Tensor):
-        return like
-    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    return made.fill_(0.5) if like.dtype.is_floating_point else made.zero_()
 
 
 def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device) -> int:
