@@ -135,6 +135,8 @@ def draw(found: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
+    pairs = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    axes.set_prop_cycle(color=[*pairs[::2], *pairs[1::2]])
     for method in dict.fromkeys(r["method"] for r in found):
         mine = [r for r in found if r["method"] == method]
         grid = np.linspace(0, max(r["seconds"][-1] for r in mine), 120)
