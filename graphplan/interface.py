@@ -146,8 +146,9 @@ def _primal(desc: Any, model: nn.Module, traced: nn.Module, prefix: str) -> Prim
         return Primal(StorageKind.INPUT, str(desc.idx), desc.idx)
     if not isinstance(desc, ParamAOTInput | BufferAOTInput):
         raise CaptureError(
-            f"the graph has an input of an unknown kind ({desc}): the model runs an op with side effects, or its "
-            "inputs share memory; neither can be planned"
+            f"the graph has an input of an unknown kind ({desc}): the model runs an op with side effects (a print; the "
+            "error checks of torch.linalg: use cholesky_ex, inv_ex, solve_ex), or its inputs share memory; neither can "
+            "be planned"
         )
     kind = StorageKind.PARAMETER if isinstance(desc, ParamAOTInput) else StorageKind.BUFFER
     path = desc.target.removeprefix(prefix)
