@@ -176,7 +176,13 @@ def _op_instruction(graph: Graph, op: GraphOp, operand: int | None) -> Instructi
             else:
                 out.store(result, out.call(operator.getitem, (value, result.args[1]), result.name))
 
-    return Instruction(op.name, "op", op.id, _planned(graph, op.reads), op.writes, op.repeatable, emit, operand)
+    repeatable = op.repeatable and not _held_by_caller(graph, op)
+    return Instruction(op.name, "op", op.id, _planned(graph, op.reads), op.writes, repeatable, emit, operand)
+
+
+def _held_by_caller(graph: Graph, op: GraphOp) -> bool:
+    """Whether a result is an output: to run the op again would let go of nothing, and make a second one."""
+    return any(graph.storages[s].kind is StorageKind.OUTPUT for s in op.writes)
 
 
 def _planned(graph: Graph, storages: Iterable[int]) -> tuple[int, ...]:
@@ -211,7 +217,7 @@ def _end(graph: Graph) -> Instruction:
 
 def _variant(graph: Graph, op: GraphOp) -> Instruction | None:
     """Return the pure part of an op that must itself run only once."""
-    if op.backward:
+    if op.backward or _held_by_caller(graph, op):
         return None
     if op.node.target is aten._native_batch_norm_legit_functional.default and op.node.args[5] is True:
         return _batch_norm_again(graph, op)

@@ -86,3 +86,15 @@ def test_dropout_draws_what_the_plain_model_draws(p: float) -> None:
         torch.manual_seed(3)
         states.append((net(x), torch.get_rng_state()))
     assert all(map(torch.equal, *states))
+
+
+def test_an_output_is_not_made_again() -> None:
+    """The caller holds it to the end: a second one beside it, or the first one forgotten, would break the bytes."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.BatchNorm1d(64)), torch.randn(256, 64)
+    for net in (model, model[:2]):
+        planned = graphplan.optimize(net, "100%", (x,))
+        problem = planned.entry().prepared.problem
+        outputs = {v for v in problem.keep if any(v in problem.ops[o].writes for o in problem.program[: problem.turn])}
+        assert outputs
+        for op in problem.ops:
+            assert not (op.repeatable and outputs.intersection(op.writes)), op.name
