@@ -185,10 +185,10 @@ def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _decode_blocks(bits: int, dtype: torch.dtype) -> Sequence[int]:
-    """Decoding reads once, so that no cache need hold a block; what it holds beside narrow results grows with one."""
+    """Decoding bytes reads once and holds nothing, so that a block may be large; narrower codes may be unpacked first."""
     if bits == HALF:
         return ()
-    return (16 * CHUNK, *FAST_BLOCKS) if dtype is torch.float32 else FAST_BLOCKS
+    return (16 * CHUNK, *FAST_BLOCKS) if bits == 8 and dtype is torch.float32 else FAST_BLOCKS
 
 
 def _compiled_blocks(numel: int, blocks: Sequence[int]) -> list[int]:
