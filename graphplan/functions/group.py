@@ -28,7 +28,7 @@ from graphplan.functions.register import registered
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-FAST_BLOCKS = (2 * CHUNK, CHUNK // 4)  # elements that compiled kernels work on, largest first: exactly so many
+FAST_BLOCKS = (2 * CHUNK, 3 * (1 << 15))  # elements that compiled kernels work on, largest first: exactly so many
 SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
 PIECE = 3 * SPAN  # elements that kernels work on as they are: all that they hold is less than a chunk in float32
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -185,7 +185,7 @@ def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _decode_blocks(bits: int, dtype: torch.dtype) -> Sequence[int]:
-    """Decoding bytes reads once and holds nothing, so that a block may be large; narrower codes may be unpacked first."""
+    """Bytes are decoded in one pass with nothing held beside: a block may be large. Narrower codes may hold some."""
     if bits == HALF:
         return ()
     return (16 * CHUNK, *FAST_BLOCKS) if bits == 8 and dtype is torch.float32 else FAST_BLOCKS
