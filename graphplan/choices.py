@@ -146,10 +146,12 @@ def candidate_in_parts(first: Candidate, options: Options, in_parts: Callable[[i
 
 def with_parts(candidates: Candidates, options: Options, source: Source) -> Candidates:
     """Return the candidates, then the step on 2, 4 and 8 parts of the batch as far as it can be cut."""
+    if source.in_parts is None:
+        return candidates
     found = list(candidates)
-    for parts in PARTS if source.in_parts is not None else ():
+    for parts in PARTS:
         try:
-            found.append(candidate_in_parts(candidates[0], options, source.in_parts, parts))  # type: ignore[arg-type]
+            found.append(candidate_in_parts(candidates[0], options, source.in_parts, parts))
         except NoParts:
             break
     return tuple(found)
