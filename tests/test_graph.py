@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphplan
+import solvers
 from graphplan.capture import capture
 from graphplan.codecs import choose_codecs
 from graphplan.errors import GraphplanError, PlanMismatch
@@ -134,6 +135,7 @@ def test_plan_text(golden: Callable[[str, str], None]) -> None:
         cost_ns=1_100_000,
         baseline_cost_ns=1_000_000,
         lower_bound_ns=1_050_000,
+        bound_class=solvers.ANY_PLAN,  # which bound proves a plan follows from the ops' times
         any_bound_ns=1_040_000,
         torch_version="2.13.0",
     )
