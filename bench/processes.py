@@ -14,10 +14,13 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "bench" / "out"
 
 
-def run_again(module: str, *words: object, minutes: float | None = None) -> None:
-    """Run `python -m bench.MODULE WORDS`, and say how it ended; None: as long as it takes."""
-    # Threads that spin while they wait would time each other, not the model.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+def run_again(module: str, *words: object, minutes: float | None = None, spin: bool = False) -> None:
+    """Run `python -m bench.MODULE WORDS`, and say how it ended; None: as long as it takes.
+
+    `spin`: threads wait for work as torch's do by default, where nothing else is to run. Else they sleep: those that
+    spin while they wait would time each other, not the model.
+    """
+    env = {**({} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}), **os.environ}
     command = [sys.executable, "-m", f"bench.{module}", *map(str, words)]
     try:
         limit = None if minutes is None else 60 * minutes

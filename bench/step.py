@@ -6,7 +6,8 @@ For each zoo model at its real size: the least peak of a whole step; of `optimiz
 PyTorch; of the optimizer in the backward (a hook on every parameter that applies and drops its gradient), alone, with
 checkpointed blocks and with PyTorch's memory budget. All peaks are measured. Last the GPT with 50,257 tokens
 (`vocabulary`), with and without chunks. `--time` measures only the step at 100 % against the plain loop, in turn, on
-a machine that does nothing else (`--time resnet18 gpt --seconds 30`). Each model runs in a process of its own.
+a machine that does nothing else (`--time resnet18 gpt --seconds 30`), with threads that wait as users' do. Each model
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,6 @@ from typing import Any
 
 from bench.processes import OUT, rows_of, run_again, save_row
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
 LEARNING_RATE = 0.01
 LEAST, MOST = 7, 201  # rounds of steps
@@ -323,7 +322,7 @@ def run_all(args: argparse.Namespace) -> None:
     given = ["--seconds", args.seconds, "--time-limit", args.time_limit, "--peers", *args.peers]
     given += ["--time"] if args.time else []
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
-        run_again("step", "--one", name, *given, minutes=args.minutes)
+        run_again("step", "--one", name, *given, minutes=args.minutes, spin=args.time)
     rows, times = rows_of("step_", MODELS), rows_of("step_time_", MODELS)
     blocks = {
         "step table": table(rows) if rows else "",
