@@ -29,7 +29,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     """Let a few groups make several chunks, and leave the compiler out, except where it matters."""
     if not {"test_both_halves_bound_the_temporaries", "test_compiled_kernels"} & {request.node.originalname}:
         monkeypatch.setattr(group, "CHUNK", 2 * GROUP)
-        monkeypatch.setattr(group, "PIECE", 2 * GROUP)
+        for name in ("PIECE", "PIECE_OF_BYTES", "AHEAD"):
+            monkeypatch.setattr(group, name, 2 * GROUP)
         monkeypatch.setattr(group, "compiled", lambda *args: None)
 
 
@@ -166,6 +167,21 @@ def test_both_halves_bound_the_temporaries(
         (_decoding(x, bits), x.numel() * x.element_size()),
     ):
         assert peak_bytes - kept <= 4 * functions.CHUNK
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_pieces_give_the_same_code(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(group, "compiled", lambda *args: None)
+    x = torch.randn(2 * group.AHEAD + 7 * group.SPAN + 300) * 3
+    code, parts = ops.quantise(x, bits, 1, 1), []
+    for start in range(0, x.numel(), group.SPAN):
+        flat = x[start : start + group.SPAN]
+        own = torch.empty(functions.quantised_bytes(flat.numel(), bits), dtype=torch.uint8)
+        group.encode(own, flat.numel(), bits, group.mix(1, 1), lambda a, b, flat=flat: flat[a:b], x.dtype)
+        parts.append(group._parts(own, flat.numel(), bits))
+    for found, expected in zip(group._parts(code, x.numel(), bits), zip(*parts, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -30,7 +30,11 @@ SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
 FAST_BLOCKS = (2 * CHUNK, 3 * (1 << 15))  # elements that compiled kernels work on, largest first: exactly so many
 SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
-PIECE = 3 * SPAN  # elements that kernels work on as they are: all that they hold is less than a chunk in float32
+# What kernels work on as they are: all that they hold is less than a chunk in float32, and calls are few.
+PIECE = 3 * SPAN
+PIECE_IN_PLACE = 6 * SPAN  # holding no more than each element once, in float32
+PIECE_OF_BYTES = 28 * SPAN  # half of an element in bytes twice
+AHEAD = 8 * CHUNK  # whose groups' ends are found at once
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -72,16 +76,16 @@ def encode(
     load: Callable[[int, int], Tensor],
     dtype: torch.dtype,
     blocks: Sequence[int] = FAST_BLOCKS,
-    piece: int = PIECE,
+    ahead: int | None = None,
 ) -> None:
     """Write the code of `numel` elements to packed (quantised_bytes,).
 
     `load(start, stop)` returns elements in `dtype`; `seed` says where the noise begins, `blocks` what may be compiled,
-    `piece` how many are worked on at a time elsewhere: what `load` makes is held beside.
+    `ahead` how many are loaded at a time elsewhere (None: AHEAD): what `load` makes is held beside.
     """
     place, table = seed % SPAN, noise_table(packed.device)
     codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
-    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks, piece):
+    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks, ahead or AHEAD):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
@@ -115,10 +119,14 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
 def decodings(
     packed: Tensor, numel: int, bits: int, dtype: torch.dtype, blocks: Sequence[int] | None = None
 ) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
-    """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`)."""
+    """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`).
+
+    `blocks`: what may be compiled, where pieces are to be small because the caller holds what is written.
+    """
     parts = _parts(packed, numel, bits)
+    ahead = PIECE_OF_BYTES if blocks is None and dtype is torch.float32 else PIECE
     blocks = _decode_blocks(bits, dtype) if blocks is None else blocks
-    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks, PIECE):
+    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks, ahead):
         own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
         yield start, stop, partial(_decode_to, kernel, own)
 
@@ -128,9 +136,9 @@ def _decode_to(kernel: Kernel, parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _stretches(
-    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], piece: int
+    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], ahead: int
 ) -> Iterator[tuple[int, int, Kernel]]:
-    """Cut a tensor into what one call of a kernel works on: pieces, or with a compiler blocks of its sizes first.
+    """Cut a tensor into what one call works on: `ahead` elements, or with a compiler blocks of its sizes first.
 
     A compiled kernel keeps less beside its results.
     """
@@ -140,11 +148,12 @@ def _stretches(
         while fast is not None and start + block <= numel:
             yield start, start + block, fast
             start += block
+    plain, size = _plain(half, bits), PIECE if bits == HALF else ahead
     whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
-    for begin in range(start, whole, piece):
-        yield begin, min(begin + piece, whole), kernel
-    for begin in range(max(start, whole), numel, piece):
-        yield begin, min(begin + piece, numel), kernel
+    for begin in range(start, whole, size):
+        yield begin, min(begin + size, whole), plain
+    for begin in range(max(start, whole), numel, size):
+        yield begin, min(begin + size, numel), plain
 
 
 @cache
@@ -152,6 +161,14 @@ def _kernel(half: str, bits: int) -> Kernel:
     if bits == HALF:
         return _round_half
     kernel: Kernel = _encode if half == "encode" else _decode
+    return lambda *args: kernel(*args, bits)
+
+
+def _plain(half: str, bits: int) -> Kernel:
+    """Return the kernel as it runs without a compiler, with the same results."""
+    if half == "decode" or bits == HALF:
+        return _kernel(half, bits)
+    kernel: Kernel = _encode_in_pieces
     return lambda *args: kernel(*args, bits)
 
 
@@ -211,11 +228,28 @@ def _whole_groups(chunk: Tensor) -> Tensor:
 
 
 def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the codes of the groups x (groups, GROUP), by noise in [0, 1); return their minima, steps and rates.
+    """Write the codes of the groups x (groups, GROUP), by noise in (0, 1); return their minima, steps and rates.
 
     The rates are returned so that a compiler computes each once, and not again for every vector of its group.
     """
-    levels, each = (1 << bits) - 1, 8 // bits
+    least, width, rate = _ends(x, bits)
+    _write_codes(x, noise, least, rate, codes, bits)
+    return least, width, rate
+
+
+def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `_encode` does, and hold no more than a piece needs."""
+    least, width, rate = _ends(x, bits)
+    each = (PIECE_IN_PLACE if x.dtype is torch.float32 else PIECE) // GROUP  # others are cast first
+    for start in range(0, len(x), each):
+        rows = slice(start, start + each)
+        _write_codes(x[rows], noise, least[rows], rate[rows], codes[rows], bits, in_place=True)
+    return least, width, rate
+
+
+def _ends(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the minima, steps and rates of the groups x (groups, GROUP)."""
+    levels = (1 << bits) - 1
     least, most = x.amin(dim=1).float(), x.amax(dim=1).float()  # aminmax is ten times as slow
     width = (most - least).mul_(1 / levels)
     number = width - width == 0
@@ -223,15 +257,22 @@ def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor,
     # A step below the least normal number is none.
     width = torch.where(number, torch.nn.functional.threshold(width, _SMALLEST, 0.0), torch.nan)
     # No step, no rate. In a group with a NaN anything may stand: its step says what it is.
-    rate = width.reciprocal().nan_to_num_(0.0, 0.0)
-    at = (x - least[:, None]).mul_(rate[:, None]).clamp_max_(levels)
+    return least, width, width.reciprocal().nan_to_num_(0.0, 0.0)
+
+
+def _write_codes(
+    x: Tensor, noise: Tensor, least: Tensor, rate: Tensor, codes: Tensor, bits: int, in_place: bool = False
+) -> None:
+    """Write the codes of the groups x (groups, GROUP), every intermediate result over the last if `in_place`."""
+    each = 8 // bits
+    at = (x - least[:, None]).mul_(rate[:, None])  # the ends up to 1e-4: noise comes no nearer to 0 and 1
     at.view(-1, *noise.shape).add_(noise)
     parts = (at.floor_() if each > 1 else at).view(-1, each, GROUP // each)
     code = parts[:, 0]
     for i in range(1, each):
-        code = code.add(parts[:, i], alpha=1 << (bits * i))  # exact
-    codes.copy_(code.int())  # on CPU straight from float32 to uint8 is five times as slow
-    return least, width, rate
+        code = torch.add(code, parts[:, i], alpha=1 << (bits * i), out=code if in_place else None)  # exact
+    # On CPU straight from float32 to uint8 is five times as slow.
+    codes.copy_(code.view(torch.int32).copy_(code) if in_place else code.int())
 
 
 def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
@@ -243,7 +284,8 @@ def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) ->
         return
     parts = out.view(-1, each, GROUP // each)
     for i in range(each):
-        parts[:, i] = (codes >> (bits * i)) & mask if each > 1 else codes
+        part = codes >> (bits * i) if i > 0 else codes
+        parts[:, i] = part & mask if i < each - 1 else part
     out.mul_(step[:, None]).add_(low[:, None])
 
 
@@ -259,8 +301,8 @@ def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:
 
 @cache
 def noise_table(device: torch.device) -> Tensor:
-    """Return noise in [0, 1) in steps of 2^-16, float32 (2 * SPAN,): 32 mixed bits of each position."""
+    """Return noise in (0, 1), the middles of 2^12 steps, float32 (2 * SPAN,): of 32 mixed bits of each position."""
     h = np.arange(2 * SPAN, dtype=np.uint32) * np.uint32(0x9E3779B1)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
-    return torch.from_numpy((h >> np.uint32(16)).astype(np.float32) / (1 << 16)).to(device)
+    return torch.from_numpy(((h >> np.uint32(20)).astype(np.float32) + 0.5) / (1 << 12)).to(device)
