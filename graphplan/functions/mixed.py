@@ -25,7 +25,7 @@ from graphplan.functions.group import GROUP, SIDE_BYTES, SPAN, decodings, encode
 from graphplan.functions.register import registered
 
 WIDTHS = (2, 4, 8)
-PIECE = 3 * SPAN // 2  # elements gathered at a time: with what the kernel holds, less than a chunk in float32
+PIECE = 3 * SPAN  # elements gathered at a time: with what the kernel holds, less than a chunk in float32
 Planes = tuple[int, int, int]  # (samples, channels, elements of a plane) in storage order
 
 

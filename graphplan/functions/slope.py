@@ -53,7 +53,7 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
         one = torch.ones((), device=x.device).expand(stop - start)
         return SLOPES[function](one, flat[start:stop].float(), *consts)
 
-    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS, 2 * SPAN)
+    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS, 3 * SPAN)
     return packed
 
 
