@@ -44,7 +44,7 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.least --write docs/codecs.md
 	$(BIN)/python -m bench.codecs --write docs/codecs.md
-	$(BIN)/python -m bench.codecs --no-compiler
+	$(BIN)/python -m bench.codecs --no-compiler --write docs/codecs.md
 	$(BIN)/python -m bench.hybrid --time-limit 20 --write docs/codecs.md
 	$(BIN)/python -m bench.accuracy --write docs/codecs.md
 	$(BIN)/python -m bench.step --write docs/step.md
