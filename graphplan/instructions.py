@@ -108,12 +108,16 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """All instructions for one graph. The first `len(graph.ops) + 2` run the program once, in order."""
+    """All instructions for one graph. The first `len(graph.ops) + 2` run the program once, in order.
+
+    `released` are the tangents that are freed at their last use.
+    """
 
     items: tuple[Instruction, ...]
     encoded: tuple[Encoded, ...]
     program: tuple[int, ...]
     turn: int
+    released: frozenset[str] = frozenset()
 
     def by_name(self) -> dict[str, int]:
         """Return the id of each instruction by its name."""
@@ -135,14 +139,14 @@ class Codec(Protocol):
         """Return encoded storages (ids from `first_id` on) and the instructions that make and read them."""
 
 
-def instructions_of(graph: Graph, codecs: Sequence[Codec]) -> Instructions:
-    """Return every instruction that `graph` offers with `codecs`."""
+def instructions_of(graph: Graph, codecs: Sequence[Codec], released: frozenset[str] = frozenset()) -> Instructions:
+    """Return every instruction that `graph` offers with `codecs`; `released` tangents need not be held to the end."""
     operands = operands_of(graph)
     items = [_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if not op.backward]
     turn = len(items)
     items.append(_turn(graph))
     items.extend(_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if op.backward)
-    items.append(_end(graph))
+    items.append(_end(graph, released))
     program = tuple(range(len(items)))
     for op in graph.ops:
         variant = _variant(graph, op)
@@ -153,7 +157,7 @@ def instructions_of(graph: Graph, codecs: Sequence[Codec]) -> Instructions:
         new, made = codec.find(graph, len(graph.storages) + len(encoded))
         encoded.extend(new)
         items.extend(made)
-    return Instructions(tuple(items), tuple(encoded), program, turn)
+    return Instructions(tuple(items), tuple(encoded), program, turn, released)
 
 
 def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.Node]:
@@ -208,10 +212,10 @@ def _turn(graph: Graph) -> Instruction:
     return Instruction(TURN, "turn", None, _planned(graph, reads), writes, False, emit)
 
 
-def _end(graph: Graph) -> Instruction:
-    """After the backward: every gradient, and every tangent (autograd holds it), is still there."""
-    reads = dict.fromkeys(s for n in graph.gradients if n is not None for s in graph.storages_of[n])
-    reads.update(dict.fromkeys(s.id for s in graph.storages if s.kind is StorageKind.TANGENT))
+def _end(graph: Graph, released: frozenset[str]) -> Instruction:
+    """After the backward: every gradient, and every tangent that autograd still holds, is there."""
+    held = (n for n in graph.tangents if n is not None and n not in released)
+    reads = dict.fromkeys(s for n in (*graph.gradients, *held) if n is not None for s in graph.storages_of[n])
     return Instruction(END, "end", None, _planned(graph, reads), (), False, lambda out: None)
 
 

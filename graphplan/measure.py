@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
 from graphplan.meter import Meter, Reading, peak_of
+from graphplan.release import unheld
 from graphplan.tree import Template, as_tuple
 from graphplan.whole import WholeStep
 
@@ -118,10 +119,14 @@ def tensors_bytes(*structures: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LossMemory:
-    """What the caller's loss holds beside the model's outputs: at most, and still while the model's backward runs."""
+    """What the caller's loss holds beside the model's outputs: at most, and still while the model's backward runs.
+
+    `released` are the forward outputs whose gradients only autograd holds by then.
+    """
 
     peak_bytes: int
     held_bytes: int
+    released: frozenset[int] = frozenset()
 
 
 # Without a loss function to measure: the loss itself, its gradient, and a few scalars between them.
@@ -138,11 +143,11 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
         GraphplanError: the loss fails on outputs of the captured shapes; its own error is the cause.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        made = _made_outputs(captured)
+        made, alone = _made_outputs(captured), list[bool]()
         device = made[0].device if made else torch.device("cpu")
 
         def run() -> Any:
-            outputs = captured.outputs.fill(_Marked.apply(*made))  # type: ignore[no-untyped-call]
+            outputs = captured.outputs.fill(_Marked.apply(alone, *made))  # type: ignore[no-untyped-call]
             loss = with_targets(loss_fn, targets)(outputs)
             loss.backward()  # type: ignore[no-untyped-call]
             return outputs, loss
@@ -156,21 +161,28 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
                 f"loss_fn(outputs{', example_targets' if targets is not None else ''}) and must return a scalar"
             ) from e
     handed_back = sum(t.numel() * t.element_size() for t in made if t.requires_grad)
-    return _read_loss(reading, handed_back)
+    outputs = [
+        (o.index, i < len(alone) and alone[i]) for i, o in enumerate(captured.graph.outputs) if o.source == "forward"
+    ]
+    held = {index for index, free in outputs if not free}
+    released = frozenset(index for index, _ in outputs if index not in held)
+    return replace(_read_loss(reading, handed_back), released=released)
 
 
 class _Marked(torch.autograd.Function):
-    """Stands where the model's backward will: allocates a marker when the loss's gradients arrive."""
+    """Stands where the model's backward will: sees who holds the loss's gradients, and allocates a marker."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, alone: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.alone = alone
         ctx.mark_non_differentiable(*(t for t in tensors if not t.requires_grad))
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         torch.empty(_MARKER_BYTES, dtype=torch.uint8)
-        return (None,) * len(gradients)
+        ctx.alone[:] = unheld(gradients)
+        return (None,) * (1 + len(gradients))
 
 
 def _read_loss(reading: Reading, handed_back: int) -> LossMemory:

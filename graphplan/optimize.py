@@ -136,12 +136,13 @@ def prepare(
         BudgetError: the budget is malformed.
     """
     graph = captured.graph
-    instructions = instructions_of(graph, options.codecs)
+    outside = _outside(captured, options)
+    released = frozenset(t for i in outside.released if (t := graph.tangents[i]) is not None)
+    instructions = instructions_of(graph, options.codecs, released)
     for codec in options.codecs if run else ():
         if isinstance(codec, Lossy):
             codec.warm_up(graph)
     costs = profile(graph, instructions, device, run=run, progress=options.report)
-    outside = _outside(captured, options)
     targets = 0 if options.whole_step else tensors_bytes(options.example_targets)
     noise = noise_of(captured, instructions, options, batch, known)
     cap = options.gradient_noise if noise is not None else 0.0

@@ -182,7 +182,8 @@ class PlannedModule(nn.Module):
 
 
 def _build(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
-    return Step.of(captured, rewrite(captured.graph, prepared.instructions, plan.steps))
+    instructions = prepared.instructions
+    return Step.of(captured, rewrite(captured.graph, instructions, plan.steps), instructions.released)
 
 
 def optimize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,13 @@ from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
 from graphplan.interface import resolve
+from graphplan.release import take, unheld
 from graphplan.rewrite import Rewritten
+
+_HELD = (
+    "the gradient of an output ({} bytes) is held elsewhere, by a hook or by the loss, while the plan counts on its "
+    "memory: plan with the loss_fn that you train with; what a hook keeps is beyond the budget"
+)
 
 
 class Awaited:
@@ -29,13 +36,14 @@ class Step:
     capture: Capture
     rewritten: Rewritten
     tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
+    released: tuple[bool, ...]  # for each forward output: whether the plan counts on its gradient's memory
 
     @staticmethod
-    def of(capture: Capture, rewritten: Rewritten) -> Step:
-        """Return the step of a capture and its rewrite."""
-        nodes = capture.graph.nodes
-        strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in capture.graph.tangents)
-        return Step(capture, rewritten, tuple(strides))
+    def of(capture: Capture, rewritten: Rewritten, released: frozenset[str] = frozenset()) -> Step:
+        """Return the step of a capture and its rewrite, which frees the `released` tangents at their last use."""
+        nodes, tangents = capture.graph.nodes, capture.graph.tangents
+        strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in tangents)
+        return Step(capture, rewritten, tuple(strides), tuple(t in released for t in tangents))
 
     def key(self, number: int) -> tuple[int, ...]:
         """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
@@ -70,10 +78,14 @@ class _Planned(torch.autograd.Function):
             raise BackwardError(
                 "a planned step has no second derivative: backward(create_graph=True) needs the plain model"
             )
+        alone = unheld(gradients)
         arguments = _take_saved(ctx)
-        for stride, grad in zip(ctx.step.tangent_strides, gradients, strict=True):
+        for i, stride in enumerate(ctx.step.tangent_strides):
             if stride is not None:
-                arguments.append(like_traced(grad, stride))
+                if ctx.step.released[i] and not alone[i]:
+                    warnings.warn(_HELD.format(gradients[i].untyped_storage().nbytes()), RuntimeWarning, stacklevel=2)
+                release = ctx.step.released[i] and alone[i]
+                arguments.append(like_traced(take(gradients[i]) if release else gradients[i], stride))
         with torch._C._DisableAutocast():
             return (None, None, None, *ctx.step.rewritten.backward(arguments))
 

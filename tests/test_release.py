@@ -1,0 +1,144 @@
+"""The gradients of outputs: freed at their last use where only autograd holds them, untouched where others do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import graphplan
+from graphplan.release import take, unheld
+
+SIZE = (8, 16, 10)
+TARGETS = torch.randint(10, SIZE[:2])
+KEPT: list[Tensor] = []
+
+
+class Twice(torch.autograd.Function):
+    seen: list[bool]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        Twice.seen = unheld(gradients)
+        mine = [take(g) if free else g for g, free in zip(gradients, Twice.seen, strict=True)]
+        return 2 * mine[0] + 3 * mine[1]
+
+
+def keep(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def loss(y: Tensor) -> Tensor:
+        y.register_hook(lambda g: KEPT.append(change(g)))  # type: ignore[no-untyped-call]
+        return y.square().mean()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "free"),
+    [
+        (lambda y: F.mse_loss(y, torch.zeros(SIZE)), True),
+        (lambda y: F.cross_entropy(y.view(-1, 10), TARGETS.view(-1)), True),
+        (lambda y: F.cross_entropy(y.transpose(1, 2), TARGETS), True),
+        (lambda y: F.cross_entropy(y[:, :-1].reshape(-1, 10), TARGETS[:, 1:].reshape(-1)), True),
+        (lambda y: y.sum(), False),  # a view of the loss's own gradient
+        (keep(lambda g: g), False),
+        (keep(lambda g: g.view(-1)), False),
+        (keep(lambda g: g.detach()), False),
+        (keep(lambda g: g.clone()), True),
+    ],
+)
+def test_who_holds_a_gradient(loss: Callable[[Tensor], Tensor], free: bool) -> None:
+    KEPT.clear()
+    x, plain = (torch.linspace(-1, 1, 1280).view(SIZE).requires_grad_() for _ in range(2))
+    loss(Twice.apply(x)[0]).backward()  # type: ignore[no-untyped-call]
+    assert Twice.seen[0] is free
+    loss(plain * 2).backward()  # type: ignore[no-untyped-call]
+    assert plain.grad is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, plain.grad)
+    if KEPT:
+        assert torch.equal(KEPT[0], KEPT[1])
+
+
+def test_given_gradients_are_the_caller_s() -> None:
+    g = torch.ones(SIZE)
+    for give in (
+        lambda y, z: y.backward(g),
+        lambda y, z: torch.autograd.backward([y, z], [g, g]),
+        lambda y, z: torch.autograd.backward([y], [g.view(SIZE)]),
+        lambda y, z: (y + z).backward(g),
+    ):
+        give(*Twice.apply(torch.ones(SIZE, requires_grad=True)))  # type: ignore[no-untyped-call]
+        assert Twice.seen[0] is False
+        assert torch.equal(g, torch.ones(SIZE))
+
+
+class Head(nn.Module):
+    """Logits, and layers below whose gradients come when that of the logits is of no more use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(256, 256), nn.Tanh())))
+        self.head = nn.Linear(256, 2000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))  # type: ignore[no-any-return]
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(64, 256), torch.randint(2000, (64,))
+
+
+def test_the_gradient_of_logits_is_freed() -> None:
+    model, (x, y) = Head(), batch()
+    known = graphplan.optimize(model, "100%", (x,), loss_fn=F.cross_entropy, example_targets=y)
+    unknown = graphplan.optimize(model, "100%", (x,))
+    assert known.entry().prepared.instructions.released
+    assert not unknown.entry().prepared.instructions.released
+    saved = unknown.plan.baseline_peak_bytes - known.plan.baseline_peak_bytes
+    assert abs(saved - 64 * 2000 * 4) <= 1024  # up to what is not known of the loss
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, found = (
+            graphplan.measure(m, (x,), F.cross_entropy, example_targets=y, runs=1).peak_bytes for m in (model, known)
+        )
+        assert known.plan.peak_bytes - 64 <= found <= known.plan.peak_bytes <= plain + 64
+        graphplan.verify(known, model, (x,), loss_fn=F.cross_entropy, example_targets=y)
+
+
+def test_a_hook_that_keeps_the_gradient_keeps_it_and_is_told() -> None:
+    model, (x, y) = Head(), batch()
+    planned = graphplan.optimize(model, "100%", (x,), loss_fn=F.cross_entropy, example_targets=y)
+    kept: list[Tensor] = []
+    for module in (model, planned):
+        outputs = module(x)
+        outputs.register_hook(kept.append)
+        loss = F.cross_entropy(outputs, y)
+        if module is planned:
+            with pytest.warns(RuntimeWarning, match=r"gradient of an output \(512000 bytes\) is held elsewhere"):
+                loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(*kept)
+
+
+def test_the_graph_retained_gives_the_same_gradients_again() -> None:
+    model, (x, y) = Head(), batch()
+    planned = graphplan.optimize(model, "100%", (x,), loss_fn=F.cross_entropy, example_targets=y)
+    found = []
+    loss = F.cross_entropy(planned(x), y)
+    for retain in (True, False):
+        planned.zero_grad()
+        loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
+        found.append([p.grad.clone() for p in planned.parameters() if p.grad is not None])
+    assert len(found[0]) == len(list(model.parameters()))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
