@@ -8,7 +8,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from graphplan.graph import StorageKind
+from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
 from graphplan.strides import mend_strides
 from graphplan.views import merge_copies, merge_views, view_readers
@@ -119,18 +119,31 @@ def _merge_tied(graph: fx.Graph, interface: Interface, model: nn.Module) -> None
         graph.erase_node(node)
         mine, other = interface.gradients[i], interface.gradients[j]
         if mine is not None and other is not None:
-            interface.gradients[j] = _add_in_place(graph, other, mine)
+            interface.gradients[j] = _add(graph, interface, other, mine)
         elif mine is not None:
             interface.gradients[j] = mine
     interface.keep_primals(stands_for)
 
 
-def _add_in_place(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
+def _add(graph: fx.Graph, interface: Interface, a: fx.Node, b: fx.Node) -> fx.Node:
+    """Add two gradients of one parameter, over the first where nothing else reads that."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    with graph.inserting_after(max(a, b, key=lambda n: order[n])):
-        total = graph.call_function(aten.add_.Tensor, (a, b))
-    total.meta.update(val=a.meta["val"], graphplan_in_place=True)
+    last = max(a, b, key=lambda n: order[n])
+    own = _memory(a)
+    holders = [n for n in graph.nodes if n.op != "output" and not own.isdisjoint(_memory(n))]
+    results = (*interface.forward_results(), *(g for g in interface.gradients if g is not None))
+    alone = sum(n in holders for n in results) == 1 and not any(
+        n.op == "placeholder" or any(order[u] > order[last] for u in n.users if u.op != "output") for n in holders
+    )
+    with graph.inserting_after(last):
+        total = graph.call_function(aten.add_.Tensor if alone else aten.add.Tensor, (a, b))
+    value = a.meta["val"]
+    total.meta.update({"val": value, "graphplan_in_place": True} if alone else {"val": torch.empty_like(value)})
     return total
+
+
+def _memory(node: fx.Node) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tensors_of(node)}
 
 
 def _split(graph: fx.Graph, interface: Interface) -> set[fx.Node]:

@@ -142,3 +142,32 @@ def test_the_graph_retained_gives_the_same_gradients_again() -> None:
     assert len(found[0]) == len(list(model.parameters()))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+class Added(nn.Module):
+    """A parameter with two names, added to what the next layer, or the caller, sees: its gradient is theirs, too."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.below, self.last = nn.Linear(256, 256), last
+        self.p = nn.Parameter(torch.randn(64, 256))
+        self.other = nn.Module()
+        self.other.p = self.p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.below(x)) + self.p + self.other.p
+        return y if self.last else torch.tanh(y)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_tied_gradient_is_added_up_beside_what_others_read(last: bool) -> None:
+    model, (x, _), g = Added(last), batch(), torch.randn(64, 256)
+    for loss in (None, lambda y: (y * g).sum()):
+        planned = graphplan.optimize(model, "100%", (x,), loss_fn=loss)
+        found, given = [], g.clone()
+        for module in (model, planned):
+            model.zero_grad()
+            module(x).backward(given)
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert torch.equal(given, g)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
