@@ -77,6 +77,7 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
         noise_bias=None if usage.noise_ppb else 0.0,
         update=graph.update,
         saved=_saved(prepared, solution.schedule, usage.peak_bytes),
+        released=tuple(sorted(prepared.instructions.released)),
     )
 
 

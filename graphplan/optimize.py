@@ -51,6 +51,7 @@ class Options:
     noise: Noise | None = None
     report: Report = quiet
     whole_step: bool = False  # the loss and the update are in the graph: the caller does nothing between
+    released: frozenset[str] = frozenset()  # what a plan made elsewhere says of its loss, where there is no loss_fn
 
     @property
     def codec_names(self) -> tuple[str, ...]:
@@ -138,6 +139,8 @@ def prepare(
     graph = captured.graph
     outside = _outside(captured, options)
     released = frozenset(t for i in outside.released if (t := graph.tangents[i]) is not None)
+    if options.loss_fn is None:
+        released = options.released.intersection(t for t in graph.tangents if t is not None)
     instructions = instructions_of(graph, options.codecs, released)
     for codec in options.codecs if run else ():
         if isinstance(codec, Lossy):

@@ -11,7 +11,7 @@ from graphplan.errors import PlanFormatError
 from graphplan.units import format_bytes, format_ns
 
 FORMAT = "graphplan-plan"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class Plan:
     update: str = ""  # of a whole step: the optimizer's function ("sgd", "adam"); the loss is inside, too
     saved: tuple[tuple[str, int], ...] = ()  # (by what, bytes): how much higher the peak would be without it
     parts: int = 1  # of the batch, on which the model runs one after the other
+    released: tuple[str, ...] = ()  # gradients of outputs that the loss lets go of, so that they die at their last use
 
     @property
     def overhead(self) -> float:
@@ -204,10 +205,10 @@ def _checked(data: dict[str, Any]) -> Plan:
         value, wanted = data[f.name], {"int": int, "str": str, "bool": bool, "float": float}.get(str(f.type))
         if wanted is not None and type(value) is not wanted:
             raise PlanFormatError(f"field {f.name!r} is {value!r}, expected {f.type}")
-    for name in ("steps", "codecs"):
+    for name in ("steps", "codecs", "released"):
         if not isinstance(data[name], list) or not all(isinstance(s, str) for s in data[name]):
             raise PlanFormatError(f"field {name!r} is not a list of names")
     if any(d.fate not in ("keep", "recompute", "compress") for d in decisions.values()):
         raise PlanFormatError("a decision has an unknown fate")
-    lists = {"steps": tuple(data["steps"]), "codecs": tuple(data["codecs"])}
+    lists = {name: tuple(data[name]) for name in ("steps", "codecs", "released")}
     return Plan(**{**data, **lists, **pairs, "decisions": decisions})

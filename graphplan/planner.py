@@ -66,6 +66,7 @@ class Planner(Generic[P]):
         """
         with bars() as report, torch.enable_grad():
             source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
+            self.options = replace(self.options, released=frozenset(plan.released))
             options = replace(self.options, report=report)
             candidates = self._candidates(key, source, options)
             if plan.parts > 1 and source.in_parts is not None:

@@ -19,6 +19,7 @@ from graphplan.interface import resolve
 from graphplan.release import take, unheld
 from graphplan.rewrite import Rewritten
 
+SMALL_BYTES = 1024
 _HELD = (
     "the gradient of an output ({} bytes) is held elsewhere, by a hook or by the loss, while the plan counts on its "
     "memory: plan with the loss_fn that you train with; what a hook keeps is beyond the budget"
@@ -83,11 +84,17 @@ class _Planned(torch.autograd.Function):
         for i, stride in enumerate(ctx.step.tangent_strides):
             if stride is not None:
                 if ctx.step.released[i] and not alone[i]:
-                    warnings.warn(_HELD.format(gradients[i].untyped_storage().nbytes()), RuntimeWarning, stacklevel=2)
+                    _warn_of(gradients[i])
                 release = ctx.step.released[i] and alone[i]
                 arguments.append(like_traced(take(gradients[i]) if release else gradients[i], stride))
         with torch._C._DisableAutocast():
             return (None, None, None, *ctx.step.rewritten.backward(arguments))
+
+
+def _warn_of(held: Tensor) -> None:
+    nbytes = held.untyped_storage().nbytes()
+    if nbytes > SMALL_BYTES:  # not a scalar that is shown as many
+        warnings.warn(_HELD.format(nbytes), RuntimeWarning, stacklevel=3)
 
 
 def _take_saved(ctx: Any) -> list[Tensor]:

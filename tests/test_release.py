@@ -114,6 +114,20 @@ def test_the_gradient_of_logits_is_freed() -> None:
         graphplan.verify(known, model, (x,), loss_fn=F.cross_entropy, example_targets=y)
 
 
+def test_a_plan_says_what_its_loss_lets_go_of() -> None:
+    model, (x, y) = Head(), batch()
+    made = graphplan.optimize(model, "100%", (x,), loss_fn=F.cross_entropy, example_targets=y).plan
+    plan = graphplan.Plan.from_json(made.to_json())
+    assert len(plan.released) == 1
+    planned = graphplan.apply(model, plan, (x,))
+    assert planned.plan.peak_bytes == plan.peak_bytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = graphplan.measure(planned, (x,), F.cross_entropy, example_targets=y, runs=1).peak_bytes
+        planned(x).sum().backward()  # its gradient is one number
+    assert found <= plan.peak_bytes
+
+
 def test_a_hook_that_keeps_the_gradient_keeps_it_and_is_told() -> None:
     model, (x, y) = Head(), batch()
     planned = graphplan.optimize(model, "100%", (x,), loss_fn=F.cross_entropy, example_targets=y)
