@@ -25,6 +25,7 @@ from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
+from graphplan.release import can_release
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.units import check_budget, parse_budget
@@ -138,10 +139,7 @@ def prepare(
     """
     graph = captured.graph
     outside = _outside(captured, options)
-    released = frozenset(t for i in outside.released if (t := graph.tangents[i]) is not None)
-    if options.loss_fn is None:
-        released = options.released.intersection(t for t in graph.tangents if t is not None)
-    instructions = instructions_of(graph, options.codecs, released)
+    instructions = instructions_of(graph, options.codecs, _released(graph, outside, options))
     for codec in options.codecs if run else ():
         if isinstance(codec, Lossy):
             codec.warm_up(graph)
@@ -175,6 +173,13 @@ def _outside(captured: Capture, options: Options) -> LossMemory:
     if options.loss_fn is not None:
         return loss_memory(captured, options.loss_fn, options.example_targets)
     return LossMemory(3 * outputs_bytes(captured.graph), SCALARS_BYTES)
+
+
+def _released(graph: Graph, outside: LossMemory, options: Options) -> frozenset[str]:
+    """Return the tangents that the loss lets go of: as it was seen, or where there is none, as a plan says."""
+    if options.loss_fn is None:
+        return options.released.intersection(t or "" for t in graph.tangents if can_release())
+    return frozenset(t for i in outside.released if (t := graph.tangents[i]) is not None)
 
 
 def noise_of(

@@ -66,8 +66,7 @@ class Planner(Generic[P]):
         """
         with bars() as report, torch.enable_grad():
             source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
-            self.options = replace(self.options, released=frozenset(plan.released))
-            options = replace(self.options, report=report)
+            options = replace(self.options, report=report, released=frozenset(plan.released))
             candidates = self._candidates(key, source, options)
             if plan.parts > 1 and source.in_parts is not None:
                 candidates = (candidate_in_parts(candidates[0], options, source.in_parts, plan.parts),)
@@ -75,6 +74,7 @@ class Planner(Generic[P]):
         check_fingerprint(plan, mine.captured.graph)
         self.latest = self._entry(mine, plan)
         self.entries[key] = self.latest
+        self.options = replace(self.options, released=frozenset(plan.released))  # of other batches' graphs, too
 
     def least_peaks(self, key: Hashable, sources: Sources) -> tuple[int, ...]:
         """Return the least feasible peak of each form of what `sources` gives."""
@@ -126,7 +126,7 @@ class Planner(Generic[P]):
         return Entry(candidate.prepared, plan, self.build(candidate.captured, candidate.prepared, plan))
 
     def _candidates(self, key: Hashable, source: Source, options: Options) -> Candidates:
-        key = (key, source.batch is None)
+        key = (key, source.batch is None, options.released)
         if key not in self._grounds:
             captured = source.captures()
             here = self.options.device or self._machine(device_of(self.model, captured[0]))

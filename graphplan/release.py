@@ -8,6 +8,7 @@ nobody does is measured once, on this torch and this Python.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,12 @@ import torch
 from torch import Tensor
 
 Counts = tuple[int, int]  # references from Python, and from C++
+_use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)  # not in every torch
+
+
+def can_release() -> bool:
+    """Return whether this torch tells who holds a tensor. To be asked first outside of any backward: it runs one."""
+    return _alone() is not None
 
 
 def unheld(gradients: tuple[Any, ...]) -> list[bool]:
@@ -43,15 +50,16 @@ def take(gradient: Tensor) -> Tensor:
 def _counts(gradient: Tensor) -> tuple[Counts, Counts, int]:
     """Return who holds the gradient, the tensor that it views if it does, and its storage."""
     base = gradient._base
-    own = (sys.getrefcount(gradient), gradient._use_count())  # type: ignore[attr-defined]
-    of_base = (0, 0) if base is None else (sys.getrefcount(base), base._use_count())  # type: ignore[attr-defined]
+    assert _use_count is not None
+    own = (sys.getrefcount(gradient), _use_count(gradient))
+    of_base = (0, 0) if base is None else (sys.getrefcount(base), _use_count(base))
     return own, of_base, torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
 
 
 @cache
 def _alone() -> list[tuple[Counts, Counts, int]] | None:
     """Return the counts of a gradient that only autograd holds, and of a view of one; None where there are none."""
-    if not hasattr(Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
+    if _use_count is None or not hasattr(torch._C, "_storage_Use_Count"):
         return None
     found: list[tuple[Counts, Counts, int]] = []
 
@@ -63,9 +71,9 @@ def _alone() -> list[tuple[Counts, Counts, int]] | None:
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
             found.extend(_counts(gradients[i]) for i in range(len(gradients)))
-            return torch.zeros(2, 2)
+            return torch.zeros(2, 2, device="cpu")
 
     with torch.enable_grad():
-        plain, viewed = Probe.apply(torch.ones(2, 2, requires_grad=True))  # type: ignore[no-untyped-call]
+        plain, viewed = Probe.apply(torch.ones(2, 2, device="cpu", requires_grad=True))  # type: ignore[no-untyped-call]
         (plain.square().sum() + viewed.view(4).square().sum()).backward()
     return found

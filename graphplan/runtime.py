@@ -79,7 +79,7 @@ class _Planned(torch.autograd.Function):
             raise BackwardError(
                 "a planned step has no second derivative: backward(create_graph=True) needs the plain model"
             )
-        alone = unheld(gradients)
+        alone = unheld(gradients) if any(ctx.step.released) else []
         arguments = _take_saved(ctx)
         for i, stride in enumerate(ctx.step.tangent_strides):
             if stride is not None:

@@ -35,7 +35,7 @@ class Twice(torch.autograd.Function):
 
 def keep(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def loss(y: Tensor) -> Tensor:
-        y.register_hook(lambda g: KEPT.append(change(g)))  # type: ignore[no-untyped-call]
+        y.register_hook(lambda g: KEPT.append(change(g)))
         return y.square().mean()
 
     return loss
@@ -58,9 +58,9 @@ def keep(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def test_who_holds_a_gradient(loss: Callable[[Tensor], Tensor], free: bool) -> None:
     KEPT.clear()
     x, plain = (torch.linspace(-1, 1, 1280).view(SIZE).requires_grad_() for _ in range(2))
-    loss(Twice.apply(x)[0]).backward()  # type: ignore[no-untyped-call]
+    loss(Twice.apply(x)[0]).backward()
     assert Twice.seen[0] is free
-    loss(plain * 2).backward()  # type: ignore[no-untyped-call]
+    loss(plain * 2).backward()
     assert plain.grad is not None
     assert x.grad is not None
     assert torch.equal(x.grad, plain.grad)
@@ -76,7 +76,7 @@ def test_given_gradients_are_the_caller_s() -> None:
         lambda y, z: torch.autograd.backward([y], [g.view(SIZE)]),
         lambda y, z: (y + z).backward(g),
     ):
-        give(*Twice.apply(torch.ones(SIZE, requires_grad=True)))  # type: ignore[no-untyped-call]
+        give(*Twice.apply(torch.ones(SIZE, requires_grad=True)))
         assert Twice.seen[0] is False
         assert torch.equal(g, torch.ones(SIZE))
 
@@ -90,7 +90,7 @@ class Head(nn.Module):
         self.head = nn.Linear(256, 2000)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x))  # type: ignore[no-any-return]
+        return self.head(self.layers(x))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -138,9 +138,9 @@ def test_a_hook_that_keeps_the_gradient_keeps_it_and_is_told() -> None:
         loss = F.cross_entropy(outputs, y)
         if module is planned:
             with pytest.warns(RuntimeWarning, match=r"gradient of an output \(512000 bytes\) is held elsewhere"):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         else:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     assert torch.equal(*kept)
 
 
@@ -151,7 +151,7 @@ def test_the_graph_retained_gives_the_same_gradients_again() -> None:
     loss = F.cross_entropy(planned(x), y)
     for retain in (True, False):
         planned.zero_grad()
-        loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain)
         found.append([p.grad.clone() for p in planned.parameters() if p.grad is not None])
     assert len(found[0]) == len(list(model.parameters()))
     for a, b in zip(*found, strict=True):
