@@ -4,7 +4,8 @@ For each peer's setting: the measured peak (`graphplan.measure`), its step over 
 ready, its gradients' error against plain PyTorch's under the same seed (the largest difference over the largest
 gradient; `rounding` is what a change of every weight in its last bit does to it); then ours at the
 budget of that measured peak: measured and predicted peak, step over plain's and over the peer's in the same rounds,
-predicted overhead. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
+predicted overhead. A budget of PyTorch's whose peak an earlier one has, to the byte, is the same program and is not timed
+again. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bench.processes import OUT, run_again
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 ROWS = OUT / "executed.jsonl"
 METHODS = ("checkpoint", "ckptplan", "pytorch_budget", "inductor")
+SWEPT = ("pytorch_budget", "inductor")
 
 
 class Lane:
@@ -110,6 +112,7 @@ def run_model(name: str, args: argparse.Namespace) -> None:
     head = {"model": name, "small": args.small, "plain_peak": plain_peak, "ours_planning_s": lane.planning_s}
     head["rounding"] = lane.rounding(plain)
     head["minimum"] = lane.planned.plan.minimum_peak_bytes
+    seen: dict[tuple[str, int], str] = {}
     for setting in settings(lane.model, lane.forward, set(args.methods), tuple(args.ratios or BUDGETS)):
         row = {**head, "method": setting.method, "setting": setting.name}
         if time.monotonic() > end:
@@ -117,7 +120,11 @@ def run_model(name: str, args: argparse.Namespace) -> None:
             continue
         try:
             row.update(_peer(lane, setting, plain))
-            row.update(_ours(lane, row.pop("module"), row["peak"]))
+            module, first = row.pop("module"), seen.setdefault((setting.method, row["peak"]), setting.name)
+            if setting.method in SWEPT and first != setting.name:
+                row["same_as"] = first
+            else:
+                row.update(_ours(lane, module, row["peak"]))
         except Exception as e:  # noqa: BLE001  a peer may fail in any way; the row says how
             row.pop("module", None)
             row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
@@ -174,7 +181,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=6.0, help="for each model")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--ratios", nargs="+", type=float, default=(), help="of PyTorch's budget; default: all 20")
+    parser.add_argument("--ratios", nargs="+", type=float, default=(), help="of PyTorch's budget; default: all 21")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--here", action="store_true", help="in this process")
     args = parser.parse_args()

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.ckptplan_peer import SHARES, Chooser
 
-BUDGETS = tuple(i / 20 for i in reversed(range(20)))  # 0.95 to 0
-INDUCTOR_BUDGETS = (1.0, 0.5, 0.2, 0.05)
+BUDGETS = tuple(i / 20 for i in reversed(range(21)))  # 1 to 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def settings(
         for share in SHARES:
             yield Setting("ckptplan", f"{share:.0%} of the activations", functools.partial(_chosen, chooser, share))
     if "inductor" in methods:
-        for ratio in INDUCTOR_BUDGETS:
+        for ratio in ratios:
             yield Setting("inductor", f"{ratio:g}", functools.partial(_compiled, ratio, "inductor"))
 
 

@@ -36,7 +36,7 @@ def executed(rows: list[Row]) -> str:
     """Return a table for each model."""
     parts = []
     for model in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == model]
+        mine = [r for r in rows if r["model"] == model and "same_as" not in r]
         plain, least = mine[0]["plain_peak"], mine[0]["minimum"]
         parts.append(
             f"### {model}: plain {_mb(plain)} MB, ours at least {_mb(least)} MB, rounding {mine[0]['rounding']:.0e}\n"
@@ -47,7 +47,17 @@ def executed(rows: list[Row]) -> str:
         parts.append("|---|---|---|---|---|---|---|---|")
         parts.extend(_line(r) for r in mine)
         parts.append("")
+        parts.extend(_same([r for r in rows if r["model"] == model and "same_as" in r]))
     return "\n".join(parts)
+
+
+def _same(rows: list[Row]) -> list[str]:
+    """Return which settings made the program of another one."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for r in rows:
+        groups[r["method"], r["same_as"]].append(r["setting"])
+    said = [f"{method} {', '.join(s)}: peak of {first}" for (method, first), s in groups.items()]
+    return [f"Not timed again: {'; '.join(said)}.\n"] if said else []
 
 
 def _line(r: Row) -> str:
@@ -120,7 +130,7 @@ def draw(rows: list[Row]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for model in dict.fromkeys(r["model"] for r in rows):
-        done = [r for r in rows if r["model"] == model and "failed" not in r]
+        done = [r for r in rows if r["model"] == model and "time" in r]
         if not done:
             continue
         figure, axes = plt.subplots(figsize=(8, 5))

@@ -1,4 +1,4 @@
-"""Where an elementwise op may write its result over an operand that nobody reads afterwards.
+"""Where an op may write its result over an operand that nobody reads afterwards: an elementwise one, or a BatchNorm.
 
 `operands_of` says which operand of each op that could be. Whether it dies there is a matter of the schedule:
 `solvers.take_overs` says so, to `simulate` and to the rewrite alike.
@@ -11,18 +11,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphplan.graph import Graph, GraphOp
 
+aten = torch.ops.aten
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def operands_of(graph: Graph) -> dict[int, int]:
     """Return {op id: storage that the op may take over}.
 
-    The op is elementwise and has an in-place form of the same arithmetic; the operand fills its whole storage,
-    has the result's shape, strides and dtype, is written in the same half, and no later op of that half reads it.
+    The op has an in-place form of the same arithmetic; the operand fills its whole storage, has the result's shape,
+    strides and dtype, is written in the same half, and no later op of that half reads it.
     """
     half = {s: op.backward for op in graph.ops for s in op.writes}
     last = {(s, op.backward): op.id for op in graph.ops for s in op.reads}
@@ -30,7 +31,7 @@ def operands_of(graph: Graph) -> dict[int, int]:
     taken = graph.returned.union(*(graph.storages_of[n] for _, n in graph.mutations))
     found: dict[int, int] = {}
     for op in graph.ops:
-        if not op.repeatable or len(op.writes) != 1:
+        if not op.writes or not (op.repeatable and len(op.writes) == 1 or _is_batch_norm(op.node)):
             continue
         operands = (s for a in op.node.args if isinstance(a, fx.Node) and (s := _storage(graph, op, a)) is not None)
         free = [s for s in operands if s not in taken and half.get(s) == op.backward and last[s, op.backward] == op.id]
@@ -50,11 +51,46 @@ def written_over(graph: Graph, op: GraphOp, storage: int, args: tuple[Any, ...],
     return out, args, {**kwargs, out._schema.arguments[-1].name: args[index]}
 
 
+def batch_norm_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """Return _native_batch_norm_legit_functional's results for `x` (N, C, ...) in training; the first is written over it.
+
+    The same kernel: statistics first, then each element from itself. Without running statistics there are no new ones.
+    """
+    saved = {"save_mean": weight.new_empty(x.shape[1]), "save_invstd": weight.new_empty(x.shape[1])}
+    if mean is None or var is None:
+        aten._native_batch_norm_legit.no_stats_out(x, weight, bias, training, momentum, eps, out=x, **saved)
+        return (x, *saved.values(), None, None)
+    running = mean.clone(), var.clone()
+    aten._native_batch_norm_legit.out(x, weight, bias, *running, training, momentum, eps, out=x, **saved)
+    return (x, *saved.values(), *running)
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    """Whether `batch_norm_` does the same."""
+    if node.target is not aten._native_batch_norm_legit_functional.default:
+        return False
+    (result, saved, *_), weight, training = node.meta["val"], node.args[1], node.args[5]
+    like = isinstance(weight, fx.Node) and weight.meta["val"].dtype is saved.dtype
+    key = "CUDA" if result.is_cuda else "CPU"
+    return training is True and like and _runs(aten._native_batch_norm_legit.out, key)
+
+
 def _storage(graph: Graph, op: GraphOp, operand: fx.Node) -> int | None:
     """Return the storage of `operand` if the op's result fits it exactly and can be written there."""
     value, result = operand.meta.get("val"), op.node.meta["val"]
     storages = graph.storages_of[operand.name]
-    if len(storages) != 1 or not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):
+    if _is_batch_norm(op.node):
+        result = result[0]
+    if len(storages) != 1 or not isinstance(value, Tensor) or not isinstance(result, Tensor):
         return None
     first, out = _forms(op.node)
     if out is None and (first is None or op.node.args[0] is not operand):
@@ -70,9 +106,11 @@ def _storage(graph: Graph, op: GraphOp, operand: fx.Node) -> int | None:
     return None if shared else s
 
 
-def _forms(node: fx.Node) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOverload | None]:
+def _forms(node: fx.Node) -> tuple[Callable[..., Any] | None, torch._ops.OpOverload | None]:
     value = node.meta.get("val")
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
+    if _is_batch_norm(node):
+        return batch_norm_, None
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, Tensor):
         return None, None
     return forms_of(node.target, "CUDA" if value.is_cuda else "CPU")
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graphplan import functions
 from graphplan.graph import Graph, GraphOp, StorageKind
-from graphplan.in_place import operands_of
+from graphplan.in_place import batch_norm_, operands_of
 
 aten = torch.ops.aten
 TURN = "turn"
@@ -149,7 +149,7 @@ def instructions_of(graph: Graph, codecs: Sequence[Codec], released: frozenset[s
     items.append(_end(graph, released))
     program = tuple(range(len(items)))
     for op in graph.ops:
-        variant = _variant(graph, op)
+        variant = _variant(graph, op, operands.get(op.id))
         if variant is not None:
             items.append(variant)
     encoded: list[Encoded] = []
@@ -219,18 +219,18 @@ def _end(graph: Graph, released: frozenset[str]) -> Instruction:
     return Instruction(END, "end", None, _planned(graph, reads), (), False, lambda out: None)
 
 
-def _variant(graph: Graph, op: GraphOp) -> Instruction | None:
+def _variant(graph: Graph, op: GraphOp, operand: int | None) -> Instruction | None:
     """Return the pure part of an op that must itself run only once."""
     if op.backward or _held_by_caller(graph, op):
         return None
     if op.node.target is aten._native_batch_norm_legit_functional.default and op.node.args[5] is True:
-        return _batch_norm_again(graph, op)
+        return _batch_norm_again(graph, op, operand)
     if op.node.target is aten.native_dropout.default and op.node.args[2] is True:
         return _dropout_again(graph, op)
     return None
 
 
-def _batch_norm_again(graph: Graph, op: GraphOp) -> Instruction:
+def _batch_norm_again(graph: Graph, op: GraphOp, operand: int | None) -> Instruction:
     """Batch norm by its own op without running statistics: bit-equal, and it updates nothing."""
     x, weight, bias, _mean, _var, training, momentum, eps = op.node.args
     results = [r for r in results_of(graph, op.node, op.writes) if r.args[1] < 3]  # type: ignore[operator]
@@ -240,11 +240,14 @@ def _batch_norm_again(graph: Graph, op: GraphOp) -> Instruction:
 
     def emit(out: Emitter) -> None:
         loaded = tuple(out.load(a) if isinstance(a, fx.Node) else a for a in args)
-        value = out.call(aten._native_batch_norm_legit.no_stats, loaded, op.name)
+        if out.takes_over:
+            value = out.call(batch_norm_, (*loaded[:3], None, None, *loaded[3:]), op.name)
+        else:
+            value = out.call(aten._native_batch_norm_legit.no_stats, loaded, op.name)
         for r in results:
             out.store(r, out.call(operator.getitem, (value, r.args[1]), r.name))
 
-    return Instruction(f"{op.name}__pure", "variant", op.id, _planned(graph, reads), writes, True, emit)
+    return Instruction(f"{op.name}__pure", "variant", op.id, _planned(graph, reads), writes, True, emit, operand)
 
 
 def _dropout_again(graph: Graph, op: GraphOp) -> Instruction | None:

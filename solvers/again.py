@@ -26,7 +26,7 @@ from solvers.units import Units, build_units
 TURNS = 6  # steps at which a schedule is turned, the highest peaks first, before it counts as as low as can be
 STEP = 2e-4  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
 LESS = 0.999  # of the area above the target must be left at most, for a turn to count
-STARTS = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
+SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
 
 
@@ -126,7 +126,7 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     """Offer plans that recompute more than once, for a budget below the peak of `low`, which do not."""
     if search.schedule is not None:
         search.offer(_spare(search, search.schedule))
-    for share in STARTS:
+    for share in SHARES:
         start = to_schedule(units, polish(search, units, low.vector, share * low.peak_bytes))
         found = _fit(search, search.problem, start, search.problem.budget_bytes)
         if search.offer(found).peak_bytes <= search.problem.budget_bytes:

@@ -3,23 +3,24 @@
 A ladder of efforts, each starting from the best plan so far: single flips towards targets ever closer to the
 plan; pairs of flips (`ladder`); the rounded linear relaxation (`relax`) at budgets between bound and plan; the epoch
 model with the peak as its objective, which also proves, for one recompute a value; then more recomputes (`again`),
-down to the working set, which bounds them. Every effort is a count of work, so that the answer is the same on every
-run unless `limits.seconds` cuts it.
+from several plans, down to the working set, which bounds them. Every effort is a count of work, so that the answer is
+the same on every run unless `limits.seconds` cuts it; more than EFFORT seconds allow more of the last, longest one.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from solvers.again import lower_again
+from solvers.again import SHARES, lower_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.epochs import EpochModel
-from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles
-from solvers.greedy import descend
+from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles, to_schedule
+from solvers.greedy import descend, polish
 from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.ladder import Low, better, kick, low_of, lower, near
 from solvers.problem import Limits, Problem, Schedule, Solution, Status
@@ -32,7 +33,9 @@ PROBES = 4  # linear programs
 GREEDY_WORK = 2.2  # seconds of a slow machine, see `Search.spend`
 KICK_WORK = 0.6
 LINEAR_WORK = 0.6
-AGAIN_WORK = 3.0
+AGAIN_WORK = 6.0
+EFFORT = 30.0  # seconds: each of them begun allows AGAIN_WORK
+MOST_EFFORT = 20.0  # times that, however long the limit
 STARTS = 2  # roundings of one linear program that are repaired
 ROUNDS = 60
 EXACT_SIZE = 30_000  # units x positions above which CP-SAT needs minutes for what the rest finds
@@ -49,7 +52,7 @@ class Least:
     peak_bytes: int
     schedule: Schedule
     floor_bytes: int
-    seconds: float = 0.0  # the limit under which it was found; infinite when no clock cut the search
+    seconds: float = 0.0  # the limit above which another search could find less; infinite when none could
 
 
 _known: OrderedDict[tuple[Problem, int], Least] = OrderedDict()
@@ -83,7 +86,7 @@ def find_least(problem: Problem, limits: Limits) -> Least:
 
     It is searched as if every op cost the same: measured costs vary from run to run, and a budget that one run names
     must serve another. What an earlier call in this process reached is never taken back: it is searched
-    again only when the clock had cut that search and there is more time now, and the better of both counts.
+    again only when the limit had cut that search and is larger now, and the better of both counts.
     """
     plain = even(problem)
     key = plain.with_budget(0), limits.seed
@@ -121,11 +124,24 @@ def _find(problem: Problem, limits: Limits) -> Least:
     search = Search(problem, limits, "least_peak")
     floor = working_set(problem, units).peak_bytes
     single = _single(search, units, low_of(units, keep_everything(units), floor))
-    search.work_left = AGAIN_WORK
-    schedule = lower_again(search, problem, single.schedule, floor)
-    peak = simulate(problem, schedule).peak_bytes
-    search.work_left = math.inf
-    return Least(single, peak, schedule, floor, math.inf if search.left() > 0 else limits.seconds)
+    effort = math.ceil(min(max(1.0, limits.seconds / EFFORT), MOST_EFFORT))
+    search.work_left = AGAIN_WORK * effort
+    peak, schedule = min(_again(search, units, single, floor), key=lambda found: found[0])
+    cut = limits.seconds if search.clock() <= 0 else math.inf if search.work_left > 0 else EFFORT * effort
+    return Least(single, peak, schedule, floor, cut)
+
+
+def _again(search: Search, units: Units, single: Low, floor: int) -> Iterator[tuple[int, Schedule]]:
+    """Offer plans of more recomputes, until the work is spent: from the least plan, then from ones that recompute less."""
+    for share in SHARES:
+        if share == 1.0:
+            start = single.schedule
+        elif search.left() > 0:
+            start = to_schedule(units, polish(search, units, single.vector, share * single.peak_bytes))
+        else:
+            return
+        schedule = lower_again(search, search.problem, start, floor)
+        yield simulate(search.problem, schedule).peak_bytes, schedule
 
 
 def _single(search: Search, units: Units, best: Low) -> Low:

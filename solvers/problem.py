@@ -41,7 +41,7 @@ class Op:
     whose
     values (all or some) this op can also write: a BatchNorm without its statistics update, a backward op that
     reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
-    `takes_over` names a value that it reads and whose memory its one write uses, wherever that read is the
+    `takes_over` names a value that it reads and whose memory one of its writes uses, wherever that read is the
     value's last and the value was written on the same side of the turn: an operand written over in place.
     `noise_ppb` is what a lossy encode adds to the gradient: error variance over the gradient's own, in parts per
     billion. A schedule counts it once however often the op stands there: the same code has the same error.
@@ -245,9 +245,9 @@ def _check_take_overs(problem: Problem) -> None:
         if v is None:
             continue
         where = f"op {i} {op.name!r} takes over value {v}"
-        if v not in op.reads or len(op.writes) != 1 or v in op.writes:
-            raise MalformedProblem(f"{where}, but does not read it and write one other value")
-        if problem.value_bytes[v] != problem.value_bytes[op.writes[0]]:
+        if v not in op.reads or not op.writes or v in op.writes:
+            raise MalformedProblem(f"{where}, but does not read it and write another value")
+        if problem.value_bytes[v] not in {problem.value_bytes[w] for w in op.writes}:
             raise MalformedProblem(f"{where}, which has another size than what it writes")
         t = position.get(i if op.instead_of is None else op.instead_of, problem.turn)
         if v in problem.keep or v not in write or t == problem.turn:

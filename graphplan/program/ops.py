@@ -16,7 +16,7 @@ import torch
 from graphplan import functions
 from graphplan.codecs.readers import READERS
 from graphplan.functions.register import NAMESPACE, name_of
-from graphplan.in_place import forms_of
+from graphplan.in_place import batch_norm_, forms_of
 from graphplan.step import slices
 from graphplan.step.clip import clip_factor
 from graphplan.step.updates import RULES
@@ -65,8 +65,10 @@ OWN = (
 )
 PLAIN: dict[str, Target] = {
     "getitem": operator.getitem,
+    "batch_norm_": batch_norm_,
     "clip_factor": clip_factor,
-    **{f.__name__: f for f in (slices.batch_norm_backward_, slices.convolution_input_gradient)},
+    **{f.__name__: f for f in (slices.batch_norm_backward, slices.batch_norm_backward_)},
+    **{f.__name__: f for f in (slices.convolution, slices.convolution_input_gradient)},
     slices.convolution_weight_gradient.__name__: slices.convolution_weight_gradient,
     **{f.__name__: f for rule in RULES.values() for f in (rule.update, rule.of_product)},
 }

@@ -23,6 +23,21 @@ def batch_norm_backward_(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return native_batch_norm_backward's three results for `x` (N, C, ...); the first is written over `grad`."""
+    return _batch_norm_backward(grad, x, weight, mean, invstd, eps, grad)
+
+
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return native_batch_norm_backward's three results for `x` (N, C, ...), whose scratch is then that of a slice."""
+    return _batch_norm_backward(grad, x, weight, mean, invstd, eps, torch.empty_like(grad))
+
+
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad.shape != x.shape or any(t.shape != x.shape[1:2] for t in (weight, mean, invstd)):
+        raise ValueError("BatchNorm's statistics belong to another input")  # the kernel would read beyond them
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
     for s in _slices(x.shape[1], x.numel() * x.element_size()):
         part = aten.native_batch_norm_backward.default(
@@ -37,9 +52,9 @@ def batch_norm_backward_(
             eps,
             [True, True, True],
         )
-        grad[:, s], grad_weight[s], grad_bias[s] = part
+        out[:, s], grad_weight[s], grad_bias[s] = part
         del part
-    return grad, grad_weight, grad_bias
+    return out, grad_weight, grad_bias
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], size: Sequence[int]) -> Tensor:

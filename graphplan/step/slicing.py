@@ -55,7 +55,7 @@ def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> bool
 
 
 def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) -> None:
-    """The input's gradient is written over the output's where that dies here."""
+    """Channel by channel, for less scratch; the input's gradient is written over the output's where that dies here."""
     grad, x, weight, _, _, mean, invstd, train, eps, mask = node.args
     if train is not True or list(mask) != [True, True, True] or not isinstance(weight, fx.Node):  # type: ignore[arg-type]
         return
@@ -63,16 +63,21 @@ def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) ->
     assert isinstance(x, fx.Node)
     g, v = grad.meta["val"], x.meta["val"]
     dense = _plain(g) and v.is_contiguous() and g.dtype is v.dtype
-    if not (dense and _large(v) and _dies_at(graph, backward, grad, node)):
+    if not (dense and _large(v)):
         return
+    over = _dies_at(graph, backward, grad, node)
+    target = slices.batch_norm_backward_ if over else slices.batch_norm_backward
     with graph.inserting_before(node):
-        new = graph.call_function(slices.batch_norm_backward_, (grad, x, weight, mean, invstd, eps))
+        new = graph.call_function(target, (grad, x, weight, mean, invstd, eps))
     val = node.meta["val"]
-    saved = ("writing normalisation gradients over their operand", v.numel() * v.element_size())
-    new.meta.update(val=(g, *val[1:]), graphplan_in_place=True, graphplan_saves=saved)
+    if over:
+        saved = ("writing normalisation gradients over their operand", v.numel() * v.element_size())
+        new.meta.update(val=(g, *val[1:]), graphplan_in_place=True, graphplan_saves=saved)
+    else:
+        new.meta.update(val=val, graphplan_pure=True)
     for item in list(node.users):
         item.args = (new, item.args[1])
-        if item.args[1] == 0:
+        if over and item.args[1] == 0:
             item.meta["val"] = g
     _replaced(graph, backward, node, new)
 

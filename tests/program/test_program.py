@@ -154,6 +154,22 @@ HOSTILE: dict[str, tuple[Callable[[Document], Any], str]] = {
         ),
         "do not belong together",
     ),
+    "statistics that are too short for a sliced op": (
+        lambda d: d["calls"].extend(
+            [
+                ["aten.ones.default", [[8, 100, 2, 2]]],
+                ["aten.ones.default", [[100]]],
+                ["aten.ones.default", [[1]]],
+                [
+                    "batch_norm_backward",
+                    [*[{"%": len(d["inputs"]) + len(d["calls"])}] * 2, {"%": len(d["inputs"]) + len(d["calls"]) + 1}]
+                    + [{"%": len(d["inputs"]) + len(d["calls"]) + 2}] * 2
+                    + [1e-5],
+                ],
+            ]
+        ),
+        "belong to another input",
+    ),
     "another result": (lambda d: d["results"].append(0), "nothing else"),
     "a loss that is a batch": (lambda d: d.update(loss=0, results=[0]), "loss"),
     "another update": (lambda d: d.update(update="exec"), "no update"),
