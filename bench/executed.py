@@ -4,8 +4,8 @@ For each peer's setting: the measured peak (`graphplan.measure`), its step over 
 ready, its gradients' error against plain PyTorch's under the same seed (the largest difference over the largest
 gradient; `rounding` is what a change of every weight in its last bit does to it); then ours at the
 budget of that measured peak: measured and predicted peak, step over plain's and over the peer's in the same rounds,
-predicted overhead. A budget of PyTorch's whose peak an earlier one has, to the byte, is the same program and is not timed
-again. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
+predicted overhead. A budget of PyTorch's whose peak an earlier one has, to the byte, is the same program and is not
+timed again. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
 """
 
 from __future__ import annotations

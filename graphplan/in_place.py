@@ -31,7 +31,7 @@ def operands_of(graph: Graph) -> dict[int, int]:
     taken = graph.returned.union(*(graph.storages_of[n] for _, n in graph.mutations))
     found: dict[int, int] = {}
     for op in graph.ops:
-        if not op.writes or not (op.repeatable and len(op.writes) == 1 or _is_batch_norm(op.node)):
+        if not op.writes or not ((op.repeatable and len(op.writes) == 1) or _is_batch_norm(op.node)):
             continue
         operands = (s for a in op.node.args if isinstance(a, fx.Node) and (s := _storage(graph, op, a)) is not None)
         free = [s for s in operands if s not in taken and half.get(s) == op.backward and last[s, op.backward] == op.id]
@@ -61,7 +61,7 @@ def batch_norm_(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """Return _native_batch_norm_legit_functional's results for `x` (N, C, ...) in training; the first is written over it.
+    """Return _native_batch_norm_legit_functional's results for `x` (N, C, ...); the first is written over it.
 
     The same kernel: statistics first, then each element from itself. Without running statistics there are no new ones.
     """

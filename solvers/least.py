@@ -132,7 +132,7 @@ def _find(problem: Problem, limits: Limits) -> Least:
 
 
 def _again(search: Search, units: Units, single: Low, floor: int) -> Iterator[tuple[int, Schedule]]:
-    """Offer plans of more recomputes, until the work is spent: from the least plan, then from ones that recompute less."""
+    """Offer plans of more recomputes until the work is spent: from the least plan, then from those of larger peaks."""
     for share in SHARES:
         if share == 1.0:
             start = single.schedule
