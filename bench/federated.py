@@ -23,7 +23,7 @@ from bench.page import write_between
 ROOT = Path(__file__).parent.parent
 OUT, DEVICE = ROOT / "bench" / "out" / "federated.jsonl", ROOT / "bench" / "out" / "federated_device.json"
 PLOT = ROOT / "docs" / "plots" / "federated.svg"
-SEEDS, ROUNDS, CLIENTS, PER_ROUND = range(5), 30, 100, 10
+SEEDS, ROUNDS, CLIENTS, PER_ROUND = range(5), 60, 100, 10
 OPTIONS = ("codecs exact", "forms")  # of a method, beside it: exact plans; whole steps in every form
 TARGETS = (0.5, 0.8)
 LAST = 5  # rounds whose mean is the final accuracy
