@@ -18,7 +18,7 @@ MOST_TEXT = 32 << 20
 MOST_NODES = 100_000
 MOST_DEPTH = 4  # of lists in a call's arguments
 MOST_DIMS = 8
-_PATH = re.compile(r"[A-Za-z_]\w{0,63}(\.\w{1,64}){0,31}", re.ASCII)
+_PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,31}", re.ASCII)
 _WORD = re.compile(r"\w{1,32}", re.ASCII)
 DTYPES = {
     str(d).removeprefix("torch."): d

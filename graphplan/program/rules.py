@@ -106,10 +106,12 @@ def check_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], whe
     if rule is not None and base is node.target:
         need(rule(named_arguments(base, args, kwargs)), f"{where}: arguments that do not belong together")
     elif rule is not None:
-        # A form of the op: its encoded argument has the shape that the fake kernel already checked by it.
+        # A form of the op: of the argument that it reads an encoding of, only the shape is known, and asked for.
         named = named_arguments(node.target, args, kwargs)
-        whole = {a.name for a in base._schema.arguments} <= named.keys()
-        need(whole and rule(named), f"{where}: arguments that do not belong together")
+        encoded = {a.name for a in base._schema.arguments} - named.keys()
+        if "like_size" in named:
+            named.update(dict.fromkeys(encoded, torch.empty(tuple(named["like_size"]))))
+        need(named.keys() >= encoded and rule(named), f"{where}: arguments that do not belong together")
 
 
 def _check_pool(nodes: Named, named: Named, where: str) -> None:

@@ -244,6 +244,31 @@ def test_indices_of_the_same_pooling_are_taken(document: Document) -> None:
     read_program(_changed(document, same), ROOM)
 
 
+def _by_shape(rows: int) -> Callable[[Document], None]:
+    """Let the loss's backward read only the shape of the log-probabilities, as plans that drop them do."""
+
+    def change(document: Document) -> None:
+        call = _call(document, "aten.nll_loss_backward.")
+        grad, logits, target, *others = call[1]
+        call[0] = "graphplan.nll_loss_backward_self_from_shape.default"
+        call[1] = [target, {"dtype": "float32"}, [rows, 10], [10, 1], True, grad, target, *others]
+
+    return change
+
+
+def test_a_backward_that_reads_a_shape_is_held_against_it(document: Document) -> None:
+    read_program(_changed(document, _by_shape(8)), ROOM).make_model()
+    with pytest.raises(ProgramError, match="do not belong together"):
+        read_program(_changed(document, _by_shape(4)), ROOM).make_model()
+
+
+def test_a_model_that_is_a_sequence_is_a_program() -> None:
+    model, loss = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.functional.cross_entropy
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    program = read_program(_text(_step(model, loss, x, y), x, y), ROOM)
+    assert list(program.make_model().state_dict()) == list(model.state_dict())
+
+
 def test_indices_are_not_written_over(document: Document) -> None:
     def change(d: Document) -> None:
         place = next(i for i, c in enumerate(d["calls"]) if "max_pool2d_with_indices_backward" in c[0])
