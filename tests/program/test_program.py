@@ -249,7 +249,7 @@ def _by_shape(rows: int) -> Callable[[Document], None]:
 
     def change(document: Document) -> None:
         call = _call(document, "aten.nll_loss_backward.")
-        grad, logits, target, *others = call[1]
+        grad, _, target, *others = call[1]
         call[0] = "graphplan.nll_loss_backward_self_from_shape.default"
         call[1] = [target, {"dtype": "float32"}, [rows, 10], [10, 1], True, grad, target, *others]
 
