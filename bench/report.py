@@ -20,11 +20,16 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> list[Row]:
-    """Return the rows of one lane, the last of each setting."""
+    """Return the rows of one lane, the last of each setting that was run."""
     path = OUT / name
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     keys = ("model", "method", "setting", "problem", "solver", "fraction", "small")
-    return list({tuple(r.get(k) for k in keys): r for r in rows}.values())
+    found: dict[tuple[Any, ...], Row] = {}
+    for r in rows:
+        key = tuple(r.get(k) for k in keys)
+        if key not in found or not str(r.get("failed", "")).startswith("not run"):
+            found[key] = r
+    return list(found.values())
 
 
 def wrong(row: Row) -> bool:

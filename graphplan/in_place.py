@@ -75,13 +75,13 @@ def batch_norm_(
 
 
 def _is_batch_norm(node: fx.Node) -> bool:
-    """Whether `batch_norm_` does the same."""
+    """Whether `batch_norm_` does the same, which was shown on CPU."""
     if node.target is not aten._native_batch_norm_legit_functional.default:
         return False
     (result, saved, *_), weight, training = node.meta["val"], node.args[1], node.args[5]
     like = isinstance(weight, fx.Node) and weight.meta["val"].dtype is saved.dtype
-    key = "CUDA" if result.is_cuda else "CPU"
-    return training is True and like and _runs(aten._native_batch_norm_legit.out, key)
+    here = result.device.type == "cpu" and _runs(aten._native_batch_norm_legit.out, "CPU")
+    return training is True and like and here
 
 
 def _storage(graph: Graph, op: GraphOp, operand: fx.Node) -> int | None:
