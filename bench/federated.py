@@ -98,19 +98,24 @@ def profile() -> None:
 def table(found: list[Row]) -> str:
     heads = " | ".join(f"simulated s to {t:.0%}" for t in TARGETS)
     lines = [
-        f"| method | final accuracy | {heads} | able to take part | took part |",
-        "|---" * (4 + len(TARGETS)) + "|",
+        f"| method | accuracy at {ROUNDS // 2} rounds | at {ROUNDS} | {heads} | able to take part | took part |",
+        "|---" * (5 + len(TARGETS)) + "|",
     ]
     for method in dict.fromkeys(r["method"] for r in found):
         mine = [r for r in found if r["method"] == method]
-        final = [statistics.fmean(r["accuracy"][-LAST:]) for r in mine]
-        spread = f"{statistics.fmean(final):.3f} ± {statistics.stdev(final) if len(final) > 1 else 0:.3f}"
+        spread = " | ".join(_spread(mine, end) for end in (ROUNDS // 2, ROUNDS))
         times = " | ".join(_time(mine, t) for t in TARGETS)
         able, met, data = (statistics.fmean(r[k] for r in mine) for k in ("able", "met", "with_data"))
         lines.append(
             f"| {method} ({len(mine)} seeds) | {spread} | {times} | {able:.0f} of {data:.0f} with data | {met:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _spread(mine: list[Row], end: int) -> str:
+    """Return mean and deviation over seeds of the mean accuracy of the LAST rounds up to `end`."""
+    found = [statistics.fmean(r["accuracy"][end - LAST : end]) for r in mine]
+    return f"{statistics.fmean(found):.3f} ± {statistics.stdev(found) if len(found) > 1 else 0:.3f}"
 
 
 def _time(mine: list[Row], target: float) -> str:
