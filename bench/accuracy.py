@@ -30,7 +30,7 @@ import graphplan
 from bench.ground import Ground, compress_only, joint_noise, plan_of, prepared_ground, turn_only
 from bench.hybrid import all_encoded
 from bench.page import write_between
-from bench.processes import OUT, run_again, save_row
+from bench.processes import RESULTS, run_again, save_row
 from graphplan import functions
 from graphplan.codecs.lossy import LEAST_BYTES
 from models_zoo import MODELS
@@ -256,10 +256,10 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in args.tasks:
             for method in METHODS:
-                if (OUT / f"accuracy_{name}_{METHODS.index(method)}_{seed}.json").exists():
+                if (RESULTS / f"accuracy_{name}_{METHODS.index(method)}_{seed}.json").exists():
                     continue  # a run that was broken off goes on
                 run_again("accuracy", "--one", name, method, seed)
-    text = table([json.loads(p.read_text()) for p in sorted(OUT.glob("accuracy_*.json"))])
+    text = table([json.loads(p.read_text()) for p in sorted(RESULTS.glob("accuracy_*.json"))])
     print(text)
     if args.write:
         write_between(args.write, "accuracy", text)

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from bench.page import write_between
+from bench.processes import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out" / "caps.json"
+OUT = RESULTS / "caps.json"
 CLIENTS, STEPS, LOWEST = 8, 4, 0.35
 BATCH = {"resnet18": 64, "mobilenet_v2": 64}
 MB = 1e6

@@ -2,7 +2,7 @@
 
 Each is timed in turn with a clone right before it, in one process, on a warm heap (the process starts itself again,
 with glibc's malloc told to reuse what is freed). A ratio is of such a pair; printed are the median and the quartiles.
-One JSON line each is added to bench/out/codecs.jsonl. Rows with a target are held to it.
+One JSON line each is added to bench/results/codecs.jsonl. Rows with a target are held to it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 
 from bench.page import write_between
+from bench.processes import RESULTS
 
 WARM = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-OUT = Path(__file__).parent / "out" / "codecs.jsonl"
+OUT = RESULTS / "codecs.jsonl"
 NUMEL = 1 << 24  # 64 MiB of float32
 Cases = dict[str, tuple[Callable[[], object], float | None]]  # what runs, and the ratio it is to reach
 PACK, UNPACK = {8: 1.3, 4: 1.6, 2: 1.5}, 0.9  # by bits, with a compiler

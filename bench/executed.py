@@ -5,7 +5,7 @@ ready, its gradients' error against plain PyTorch's under the same seed (the lar
 gradient; `rounding` is what a change of every weight in its last bit does to it); then ours at the
 budget of that measured peak: measured and predicted peak, step over plain's and over the peer's in the same rounds,
 predicted overhead. A budget of PyTorch's whose peak an earlier one has, to the byte, is the same program and is not
-timed again. Each model runs in a process of its own; rows go to bench/out/executed.jsonl as they come.
+timed again. Each model runs in a process of its own; rows go to bench/results/executed.jsonl as they come.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import os
 import time
 from typing import Any
 
-from bench.processes import OUT, run_again
+from bench.processes import RESULTS, run_again
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
-ROWS = OUT / "executed.jsonl"
+ROWS = RESULTS / "executed.jsonl"
 METHODS = ("checkpoint", "ckptplan", "pytorch_budget", "inductor")
 SWEPT = ("pytorch_budget", "inductor")
 
@@ -168,7 +168,7 @@ def _quartiles(ratio: Any) -> list[float]:
 
 
 def _write(row: dict[str, Any]) -> None:
-    OUT.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     with ROWS.open("a") as out:
         out.write(json.dumps(row) + "\n")
     shown = {k: v for k, v in row.items() if k not in ("small", "plain_peak", "ours_planning_s", "minimum", "rounding")}

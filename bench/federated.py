@@ -1,7 +1,7 @@
 """Every method on a fleet of 100 clients, five seeds: `python -m bench.federated [--seeds 0 1] [--write PAGE]`.
 
 Runs on the in-process double of Flower's grid, which gives the same numbers as `flwr run` (a test shows it). Rows are
-kept in bench/out, so that runs add up; `--write` renders what is there.
+kept in bench/results, so that runs add up; `--write` renders what is there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 from bench.page import write_between
+from bench.processes import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
-OUT, DEVICE = ROOT / "bench" / "out" / "federated.jsonl", ROOT / "bench" / "out" / "federated_device.json"
+OUT, DEVICE = RESULTS / "federated.jsonl", RESULTS / "federated_device.json"
 PLOT = ROOT / "docs" / "plots" / "federated.svg"
 SEEDS, ROUNDS, CLIENTS, PER_ROUND = range(5), 60, 100, 10
 OPTIONS = ("codecs exact", "forms")  # of a method, beside it: exact plans; whole steps in every form

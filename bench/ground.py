@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.processes import OUT
+from bench.processes import ROOT
 
 if TYPE_CHECKING:
     from graphplan.capture import Capture
@@ -52,7 +52,7 @@ def ground(name: str, *, small: bool = False, time_limit: float = 20.0, gradient
     model = entry.build_small() if small else entry.build()
     example = entry.example_small() if small else entry.example()
     loss_fn = entry.loss if example.targets is not None else (lambda outputs: entry.loss(outputs, None))
-    path = OUT / f"noise_{name}{'_small' if small else ''}.json"
+    path = ROOT / "bench" / "out" / f"noise_{name}{'_small' if small else ''}.json"
     return prepared_ground(model, example, loss_fn, path, time_limit=time_limit, gradient_noise=gradient_noise)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench" / "out"
+RESULTS = ROOT / "bench" / "results"  # in the repository: what the pages are made from
 
 
 def run_again(module: str, *words: object, minutes: float | None = None, spin: bool = False) -> None:
@@ -33,10 +33,10 @@ def run_again(module: str, *words: object, minutes: float | None = None, spin: b
 
 def save_row(name: str, row: dict[str, Any]) -> None:
     """Write one row."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name}.json").write_text(json.dumps(row, indent=1))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(row, indent=1))
 
 
 def rows_of(prefix: str, names: Iterable[str]) -> list[dict[str, Any]]:
     """Return the rows measured so far."""
-    return [json.loads(p.read_text()) for n in names if (p := OUT / f"{prefix}{n}.json").exists()]
+    return [json.loads(p.read_text()) for n in names if (p := RESULTS / f"{prefix}{n}.json").exists()]

@@ -6,14 +6,13 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from bench import solver_report
 from bench.page import pyplot
+from bench.processes import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
-OUT, DOCS = ROOT / "bench" / "out", ROOT / "docs"
+DOCS = ROOT / "docs"
 WRONG = 100  # times what the last bit of the weights does to a gradient: then it is not rounding
 EAGER = ("checkpoint", "ckptplan", "pytorch_budget")  # methods on the same kernels as ours
 Row = dict[str, Any]
@@ -21,7 +20,7 @@ Row = dict[str, Any]
 
 def read(name: str) -> list[Row]:
     """Return the rows of one lane, the last of each setting that was run."""
-    path = OUT / name
+    path = RESULTS / name
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     keys = ("model", "method", "setting", "problem", "solver", "fraction", "small")
     found: dict[tuple[Any, ...], Row] = {}
@@ -114,8 +113,8 @@ def summary(rows: list[Row]) -> str:
 
 
 def prediction(rows: list[Row]) -> str:
-    """Return predicted against measured, for every executed point of ours."""
-    done = [r for r in rows if "ours_time" in r]
+    """Return predicted against measured, for every executed point of ours that was not read back from a page."""
+    done = [r for r in rows if "predicted_peak" in r and "ours_time" in r]
     if not done:
         return "no points"
     peaks = [r["predicted_peak"] / r["ours_peak"] for r in done]
@@ -172,7 +171,7 @@ def _by_peak(rows: list[Row]) -> list[tuple[float, float, float]]:
     for r in rows:
         found[r["ours_peak"] / 1e6].append(r)
     steps = {peak: statistics.median(r["ours_time"][1] for r in group) for peak, group in found.items()}
-    return [(peak, steps[peak], max(r["bound"] for r in group)) for peak, group in sorted(found.items())]
+    return [(peak, steps[peak], max(r.get("bound", math.nan) for r in group)) for peak, group in sorted(found.items())]
 
 
 def _mb(nbytes: int) -> str:

@@ -3,7 +3,7 @@
 For each problem and budget B_min + f (B_base - B_min), where B_min is the least peak found and B_base that of the
 program: overhead over running every op once, gap to the proven bound in percent of the plan's time, seconds to
 a plan within 1 % of the final bound, to a gap of 0.1 %, and in all; peak over budget. One JSON line each is added to
-bench/out/solvers.jsonl.
+bench/results/solvers.jsonl.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from bench.processes import RESULTS
 from solvers import SOLVERS, Limits, Problem, Progress, least_peak, simulate, solve
 
 HERE = Path(__file__).parent
-OUT = HERE / "out" / "solvers.jsonl"
+OUT = RESULTS / "solvers.jsonl"
 FRACTIONS = (0.9, 0.75, 0.5, 0.25, 0.1)
 CLOSE = 0.01  # of the bound
 TIGHT = 0.001  # of the plan's time

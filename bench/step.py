@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.processes import OUT, rows_of, run_again, save_row
+from bench.processes import RESULTS, rows_of, run_again, save_row
 
 RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
 LEARNING_RATE = 0.01
@@ -157,7 +157,7 @@ def at_least(planned: Any) -> Any:
 
 def stored_peers(name: str) -> dict[str, int | str]:
     """Return what was measured of the peers before: it depends on torch and the threads alone."""
-    peers: dict[str, int | str] = json.loads((OUT / f"step_{name}.json").read_text())["peers"]
+    peers: dict[str, int | str] = json.loads((RESULTS / f"step_{name}.json").read_text())["peers"]
     return peers
 
 

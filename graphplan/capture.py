@@ -34,11 +34,15 @@ _HERE = str(Path(__file__).parent)
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A Graph and the structures around it: what goes in and what comes out of one call of the model."""
+    """A Graph and the structures around it: what goes in and what comes out of one call of the model.
+
+    `roomy`: another form of the same step computes the same bits in less memory, and slower.
+    """
 
     graph: Graph
     inputs: Template
     outputs: Template
+    roomy: bool = False
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Template, list[Tensor]]:

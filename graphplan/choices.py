@@ -1,7 +1,8 @@
 """Choices between graphs: several captured forms of one step, of which the fastest plan that fits is taken.
 
 The first form is the step as it is; the others save memory in ways that are not decisions about single activations
-(a loss in chunks of rows). Percentages and overheads of every form are of the first.
+(a loss in chunks of rows). Percentages and overheads of every form are of the first. Where that is a roomy one, its
+least peak is not looked for: another form's is lower.
 """
 
 from __future__ import annotations
@@ -183,13 +184,15 @@ def _in_parts(
 
 
 def _fastest(candidates: Candidates, options: Options, batch: Batch | None) -> tuple[Candidate, Plan]:
-    share = _share(candidates, options)
-    smallest = _smallest(candidates, options)
+    smallest, least_of = _smallest(candidates, options), _share(candidates, options)
+    lowest = smallest.least(least_of)
+    share = replace(options, time_limit=options.time_limit / len(candidates))
     found: list[tuple[int, int, Candidate, Plan]] = []
     errors: dict[int, InfeasibleBudget] = {}
     for i, c in enumerate(candidates):
         try:
-            plan = make_plan(c.prepared, c.least(share), share, tuple(c.known.schedules))
+            found_least = replace(lowest, schedule=None) if c.captured.roomy else c.least(least_of)
+            plan = make_plan(c.prepared, found_least, share, tuple(c.known.schedules))
         except InfeasibleBudget as e:
             errors[id(c)] = e
             continue
@@ -201,14 +204,14 @@ def _fastest(candidates: Candidates, options: Options, batch: Batch | None) -> t
     if not found:
         raise errors[id(smallest)]
     _, _, candidate, plan = min(found, key=lambda f: f[:2])
-    least = min(smallest.least_bytes(share), plan.peak_bytes)
+    least = min(smallest.least_bytes(least_of), plan.peak_bytes)
     return candidate, replace(plan, minimum_peak_bytes=least, minimum_reason=minimum_reason(smallest.prepared.problem))
 
 
 def first_that_fits(candidates: Candidates, options: Options) -> Candidate:
     """Return the first candidate with a plan under the budget, the least demanding one if there is none."""
     share = _share(candidates, options)
-    fit = (c for c in candidates if c.least_bytes(share) <= c.prepared.problem.budget_bytes)
+    fit = (c for c in _sought(candidates) if c.least_bytes(share) <= c.prepared.problem.budget_bytes)
     return next(fit, None) or _smallest(candidates, options)
 
 
@@ -216,12 +219,13 @@ def frontier(candidates: Candidates, options: Options, points: int) -> tuple[Pla
     """Return up to `points` plans from the least feasible peak to the unplanned one, each cheaper than those before."""
     share = _share(candidates, options)
     minimum = _smallest(candidates, options).least_bytes(share)
+    each = replace(options, time_limit=options.time_limit / len(candidates))
     top = candidates[0].prepared.baseline_peak_bytes
     steps = max(1, points - 1)
     budgets = sorted({minimum + (top - minimum) * i // steps for i in range(max(1, points))} | {top})
     best: dict[int, Plan] = {}
     for c in candidates:
-        for budget, plan in _plans(c, budgets, share, minimum):
+        for budget, plan in _plans(c, budgets, each, minimum):
             if budget not in best or plan.cost_ns < best[budget].cost_ns:
                 best[budget] = plan
     plans: list[Plan] = []
@@ -234,13 +238,14 @@ def frontier(candidates: Candidates, options: Options, points: int) -> tuple[Pla
 
 
 def least_peaks(candidates: Candidates, options: Options) -> tuple[int, ...]:
-    """Return the least feasible peak of each form."""
+    """Return the least feasible peak of each form that is not roomy."""
     share = _share(candidates, options)
-    return tuple(c.least_bytes(share) for c in candidates)
+    return tuple(c.least_bytes(share) for c in _sought(candidates))
 
 
 def _plans(candidate: Candidate, budgets: list[int], options: Options, minimum: int) -> list[tuple[int, Plan]]:
-    problem, schedule = candidate.prepared.problem, candidate.least(options).schedule
+    problem = candidate.prepared.problem
+    schedule = None if candidate.captured.roomy else candidate.least(options).schedule
     limits = solvers.Limits(seconds=options.time_limit, known=() if schedule is None else (schedule,))
     options.report("solving", 0, 1)
     if options.solver == "auto":
@@ -288,9 +293,14 @@ def _cheaper(problem: Problem, rounded: Solution, exact: Solution) -> Solution:
 def _smallest(candidates: Candidates, options: Options) -> Candidate:
     """Return the candidate with the smallest least feasible peak."""
     share = _share(candidates, options)
-    return min(candidates, key=lambda c: c.least_bytes(share))
+    return min(_sought(candidates), key=lambda c: c.least_bytes(share))
+
+
+def _sought(candidates: Candidates) -> Candidates:
+    """Return the candidates whose least peak is looked for."""
+    return tuple(c for c in candidates if not c.captured.roomy)
 
 
 def _share(candidates: Candidates, options: Options) -> Options:
-    """Return the options with each candidate's part of the time."""
-    return replace(options, time_limit=options.time_limit / len(candidates))
+    """Return the options with the part of the time that each candidate has whose least peak is looked for."""
+    return replace(options, time_limit=options.time_limit / len(_sought(candidates)))

@@ -71,6 +71,10 @@ class Source:
     batch: Batch | None = None
     in_parts: Callable[[int], Capture] | None = None  # on that many parts of the batch; raises NoParts
 
+    def to_the_bit(self) -> tuple[Capture, ...]:
+        """Return the form that computes every bit as the step does, in the least memory."""
+        return tuple(c for c in self.captures() if not c.roomy)[:1]
+
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Source:
         """Return the source of a model called with these arguments."""

@@ -145,11 +145,24 @@ class Planner(Generic[P]):
 
 def state_key(*owners: Any) -> Hashable:
     """Return what of the modules among `owners`, and of torch, a plan depends on: kernels' scratch does on threads."""
-    models = [m for m in owners if isinstance(m, nn.Module)]
-    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for m in models for p in m.parameters())
-    settings = tuple(_settings(module) for m in models for module in m.modules())
+    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in _modules(owner)]
+    own = (p for m in modules for p in m._parameters.values() if p is not None)
+    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in own)
+    settings = tuple(_settings(m) for m in modules)
     autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
     return (parameters, settings, autocast, torch.get_num_threads())
+
+
+def _modules(owner: nn.Module) -> list[nn.Module]:
+    """Return a module and all that are in it, each once: `modules()` without its names, which take most of its time."""
+    found = {id(owner): owner}
+    waiting = [owner]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 def _settings(module: nn.Module) -> Hashable:

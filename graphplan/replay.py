@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from graphplan.capture import Capture
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instruction
+from graphplan.interface import lookup
 from graphplan.runtime import bind, like_traced, output_of
 from graphplan.tree import Template
 
@@ -51,7 +52,8 @@ class Batch:
 
     def primals(self, graph: Graph) -> list[Tensor]:
         """Return the graph's inputs; a copy of what the step changes."""
-        found = [(p, bind(p, self.model, self.tensors).detach()) for p in graph.primals]
+        find = lookup(self.model)
+        found = [(p, bind(p, find, self.tensors).detach()) for p in graph.primals]
         return [t.clone() if p.mutated else t for p, t in found]
 
     def tangents(self, captured: Capture, outputs: Sequence[Tensor], primals: Sequence[Tensor]) -> list[Tensor]:

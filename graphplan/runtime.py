@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
-from graphplan.interface import resolve
+from graphplan.interface import lookup
 from graphplan.release import take, unheld
 from graphplan.rewrite import Rewritten
 
@@ -53,7 +53,8 @@ class Step:
     def run(self, model: nn.Module, tensors: Sequence[Tensor], number: int = 0, awaited: Awaited | None = None) -> Any:
         """Return what the model returns for input `tensors`, ready for one backward; until then `awaited` is held."""
         graph = self.capture.graph
-        primals = [bind(p, model, tensors) for p in graph.primals]
+        find = lookup(model)
+        primals = [bind(p, find, tensors) for p in graph.primals]
         fresh = _Planned.apply(self, self.key(number), awaited, *primals)  # type: ignore[no-untyped-call]
         return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
 
@@ -121,11 +122,11 @@ def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def bind(primal: Primal, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensor that stands for a graph input in this call."""
+def bind(primal: Primal, find: Callable[[str], Tensor | None], tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensor that stands for a graph input in this call; `find` is the model's `lookup`."""
     if primal.index >= 0:
         return tensors[primal.index]
-    value = primal.value if primal.value is not None else resolve(model, primal.path)
+    value = primal.value if primal.value is not None else find(primal.path)
     if value is None:
         raise PlanMismatch(f"the model has no tensor {primal.path!r} any more; it had one when it was captured")
     return value

@@ -15,6 +15,8 @@ from test_step import OPTIMIZERS, plain, same, twins
 from torch import Tensor, nn
 
 import graphplan
+from graphplan.choices import candidates_of
+from graphplan.optimize import make_plan
 from graphplan.step import slices, slicing
 from graphplan.step.chunked import linear_cross_entropy
 from models_zoo import MODELS
@@ -36,16 +38,25 @@ def doubles(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.double() if t.is_floating_point() else t for t in tensors)
 
 
+def ops_of(step: graphplan.TrainStep) -> str:
+    return " ".join(str(op.node.target) for op in step.entry().step.capture.graph.ops)
+
+
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "unet", "densenet121"])
 def test_slices_keep_every_bit(name: str) -> None:
     entry = MODELS[name]
     example = entry.example_small()
     model, optimizer, other, its = twins(entry.build_small(), OPTIMIZERS["sgd"])
-    step = graphplan.train_step(model, entry.loss, optimizer, "100%", example.inputs, example.targets, time_limit=4)
-    sliced = [str(op.node.target) for op in step.entry().step.capture.graph.ops]
-    assert any("convolution_input_gradient" in t for t in sliced)
-    assert any("batch_norm_backward_" in t for t in sliced)
+    ample = graphplan.train_step(model, entry.loss, optimizer, "100%", example.inputs, example.targets, time_limit=4)
+    candidates = candidates_of(model, ample.source(example.inputs, example.targets), ample.options)
+    sliced = candidates[1]  # behind the roomy form
+    plan = make_plan(sliced.prepared, sliced.least(ample.options), ample.options)
+    step = graphplan.apply(
+        model, plan, example.inputs, loss_fn=entry.loss, example_targets=example.targets, optimizer=optimizer
+    )
+    assert "convolution_input_gradient" in ops_of(step)
+    assert "batch_norm_backward_" in ops_of(step)
     for i in range(3):
         torch.manual_seed(i)
         ours = step(example.inputs, example.targets)
@@ -54,6 +65,28 @@ def test_slices_keep_every_bit(name: str) -> None:
     same(model, optimizer, other, its)
     measured = graphplan.measure(step, example.inputs, example_targets=example.targets, runs=1)
     assert measured.peak_bytes == pytest.approx(step.plan.peak_bytes, rel=0.01)
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_nothing_is_sliced_where_there_is_room() -> None:
+    """The whole ops are faster: they run at a full budget, and count for percentages; the floor is the slices'."""
+    entry = MODELS["resnet18"]
+    example = entry.example_small()
+    model, optimizer, other, its = twins(entry.build_small(), OPTIMIZERS["sgd"])
+    step = graphplan.train_step(model, entry.loss, optimizer, "100%", example.inputs, example.targets, time_limit=4)
+    assert step.entry().step.capture.roomy
+    assert "graphplan.step.slices" not in ops_of(step)
+    assert step.plan.budget_bytes == step.plan.baseline_peak_bytes
+    least = min(step.least_peaks(example.inputs, example.targets))
+    assert step.plan.minimum_peak_bytes == least
+    tight = step.at_budget(least)
+    tight.prepare(example.inputs, example.targets)
+    assert tight.plan.peak_bytes <= least
+    assert tight.plan.baseline_peak_bytes == step.plan.baseline_peak_bytes
+    for _ in range(3):
+        step(example.inputs, example.targets)
+        plain(other, its, example.inputs, example.targets, entry.loss)
+    same(model, optimizer, other, its)
 
 
 @pytest.mark.usefixtures("small_slices")

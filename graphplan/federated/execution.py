@@ -193,7 +193,7 @@ def measure_ops(
         return
     step = TrainStep(model, task_loss, torch.optim.SGD(model.parameters(), lr=1.0), options)
     source = step.source(*task.example)
-    captured = source.captures() if forms else source.captures()[:1]
+    captured = source.captures() if forms else source.to_the_bit()
     candidates = prepare_candidates(captured, step.options, device, source)
     if forms:
         with_parts(candidates, step.options, source)

@@ -124,7 +124,7 @@ class Planner:
         else:
             source = Source.of(model, (images,), {}, options)
         device = given or Device.this(images.device)
-        captured = source.captures() if execution.forms else source.captures()[:1]
+        captured = source.captures() if execution.forms else source.to_the_bit()
         candidates = prepare_candidates(captured, options, device, source)
         if execution.forms:
             candidates = with_parts(candidates, options, source)

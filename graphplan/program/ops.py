@@ -67,9 +67,7 @@ PLAIN: dict[str, Target] = {
     "getitem": operator.getitem,
     "batch_norm_": batch_norm_,
     "clip_factor": clip_factor,
-    **{f.__name__: f for f in (slices.batch_norm_backward, slices.batch_norm_backward_)},
-    **{f.__name__: f for f in (slices.convolution, slices.convolution_input_gradient)},
-    slices.convolution_weight_gradient.__name__: slices.convolution_weight_gradient,
+    **{f.__name__: f for f in slices.SLICED},
     **{f.__name__: f for rule in RULES.values() for f in (rule.update, rule.of_product)},
 }
 _NAMES = {id(f): name for name, f in PLAIN.items()}

@@ -14,10 +14,19 @@ from graphplan.interface import Interface, resolve
 from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
+from graphplan.step.slices import SLICED
 from graphplan.step.slicing import product_of, slice_backward, slice_forward
 from graphplan.step.updates import PIECE
 
 aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Found:
+    """What an Extension saw: rewrites that keep not every bit (done, or possible), and ops that work in slices."""
+
+    inexact: bool = False
+    sliced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +39,16 @@ class Extension:
     clip: Clip
     exact: bool = True  # only rewrites that keep every bit
     two_pass: bool = False  # of the backward, where a norm clips
-    chances: list[bool] = field(default_factory=list)  # for each call: whether other rewrites could save memory, or did
+    sliced: bool = True  # large ops work in slices
+    found: Found = field(default_factory=Found)  # in the latest call
 
     def __call__(self, graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
         """Give the loss's gradient its value, drop gradients that nobody wants, add the updates."""
         _start_backward(graph, interface, backward)
         inexact = chunk_loss(graph, interface, backward, only_look=self.exact)
         inexact = slice_forward(graph, backward, only_look=self.exact) or inexact
-        inexact = slice_backward(graph, backward, self.exact) or inexact
+        if self.sliced:
+            inexact = slice_backward(graph, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):
             param = resolve(self.model, primal.path) if primal.kind is StorageKind.PARAMETER else None
@@ -57,7 +68,8 @@ class Extension:
             backward.add(node)
             inexact = inexact or product
         _settle(graph, backward)
-        self.chances.append(inexact)
+        self.found.inexact = inexact
+        self.found.sliced = any(n.target in SLICED for n in graph.nodes)
 
     def _add_settings(self, graph: fx.Graph, interface: Interface) -> list[fx.Node]:
         nodes = []

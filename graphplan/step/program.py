@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from graphplan.capture import Capture
 from graphplan.errors import StepFailed
 from graphplan.graph import StorageKind
+from graphplan.interface import lookup
 from graphplan.lift import Prepared
 from graphplan.plan import Plan
 from graphplan.rewrite import rewrite_whole
@@ -46,7 +47,7 @@ class WholeProgram:
                 has changed.
         """
         graph = self.capture.graph
-        state = slots.optimizer.state
+        state, find = slots.optimizer.state, lookup(model)
         bound: list[Any] = []
         params: dict[str, Tensor] = {}
         states: list[tuple[Tensor, dict[str, Any]]] = []
@@ -60,7 +61,7 @@ class WholeProgram:
                 states.append((p, state.get(p) or {}))
                 bound.append(states[-1][1])
             else:
-                value = bind(primal, model, tensors)
+                value = bind(primal, find, tensors)
                 bound.append(value)
                 if primal.kind is StorageKind.PARAMETER:
                     params[primal.path] = value

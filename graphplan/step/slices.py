@@ -97,6 +97,15 @@ def convolution_weight_gradient(
     return total[0], total[1]
 
 
+SLICED = (
+    batch_norm_backward,
+    batch_norm_backward_,
+    convolution,
+    convolution_input_gradient,
+    convolution_weight_gradient,
+)
+
+
 def _images(y: Tensor, x: Tensor) -> Iterator[slice]:
     """Cut a batch (N, C, ...) into slices of images for which torch takes the kernel that it takes for all."""
     lone = x.shape[0] > 1 and x[0].numel() <= LONE_IMAGE

@@ -165,7 +165,10 @@ class TrainStep(WholeStep):
         return key, lambda: source, tensors
 
     def _capture(self, template: Template, tensors: list[Tensor], slots: Slots) -> tuple[Capture, ...]:
-        """Capture the step with every bit as plain PyTorch's; and in less memory, where only rounding differs."""
+        """Capture the step with every bit as plain PyTorch's, and in less memory, where only rounding differs.
+
+        Where large ops work in slices, which is slower, the step without them comes first.
+        """
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
                 raise GraphplanError(
@@ -175,13 +178,20 @@ class TrainStep(WholeStep):
         check_hooks(self.model)
         args, kwargs = template.fill(tensors)
         with_loss = _WithLoss(self.model, self._loss_fn)
-        forms = []
+        start = Extension(self.model, slots, self._kept, self._clip)
+
+        def captured(extension: Extension) -> Capture:
+            return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+
+        forms, sliced = [], False
         for exact in (True, False):
             for two_pass in (False, True) if self._clip.norm is not None else (False,):
-                extension = Extension(self.model, slots, self._kept, self._clip, exact, two_pass)
-                forms.append(capture(with_loss, args, kwargs, inner=self.model, extend=extension))
-            if not extension.chances[-1]:
+                forms.append(captured(replace(start, exact=exact, two_pass=two_pass)))
+            sliced = sliced or start.found.sliced
+            if not start.found.inexact:
                 break
+        if sliced:
+            forms.insert(0, replace(captured(replace(start, sliced=False)), roomy=True))
         return tuple(forms)
 
     def _capture_parts(self, template: Template, tensors: list[Tensor], slots: Slots, parts: int) -> Capture:

@@ -42,10 +42,10 @@ def sgd(param: Tensor, grad: Tensor | Product, state: State, settings: Settings)
     buffer = state.get("momentum_buffer") if keeps else None
     made = torch.empty_like(param) if keeps and buffer is None else None  # the first step's gradient starts it
     for piece in _pieces(param, settings):
-        buffers = [None if buffer is None else buffer[piece]]
+        buffers = [None if buffer is None else _part(buffer, piece)]
         torch_sgd.sgd(
-            [param[piece]],
-            [_matching(grad[piece], param, settings)],
+            [_part(param, piece)],
+            [_matching(_part(grad, piece), param, settings)],
             buffers,
             weight_decay=settings["weight_decay"],
             momentum=settings["momentum"],
@@ -53,7 +53,7 @@ def sgd(param: Tensor, grad: Tensor | Product, state: State, settings: Settings)
             dampening=settings["dampening"],
             nesterov=settings["nesterov"],
             maximize=settings["maximize"],
-            foreach=settings["foreach"],
+            foreach=_foreach(param, settings),
             fused=settings["fused"],
         )
         if made is not None and buffers[0] is not None:
@@ -71,13 +71,13 @@ def adam(param: Tensor, grad: Tensor | Product, state: State, settings: Settings
     for piece in _pieces(param, settings):
         step = before.clone()  # each piece counts the step once
         torch_adam.adam(
-            [param[piece]],
-            [_matching(grad[piece], param, settings)],
-            [state["exp_avg"][piece]],
-            [state["exp_avg_sq"][piece]],
-            [state["max_exp_avg_sq"][piece]] if settings["amsgrad"] else [],
+            [_part(param, piece)],
+            [_matching(_part(grad, piece), param, settings)],
+            [_part(state["exp_avg"], piece)],
+            [_part(state["exp_avg_sq"], piece)],
+            [_part(state["max_exp_avg_sq"], piece)] if settings["amsgrad"] else [],
             [step],
-            foreach=settings["foreach"],
+            foreach=_foreach(param, settings),
             capturable=settings["capturable"],
             fused=settings["fused"],
             decoupled_weight_decay=settings["decoupled_weight_decay"],
@@ -152,6 +152,17 @@ def _pieces(param: Tensor, settings: Settings) -> Iterator[Any]:
     rows = max(1, PIECE * param.shape[0] // param.numel())
     for start in range(0, param.shape[0], rows):
         yield slice(start, start + rows)
+
+
+def _part(whole: Tensor | Product, piece: Any) -> Tensor:
+    """Return a piece; all of a tensor is itself, as a view of it would take as long as a small update."""
+    return whole if piece is ... and isinstance(whole, Tensor) else whole[piece]
+
+
+def _foreach(param: Tensor, settings: Settings) -> bool | None:
+    """Return torch.optim's choice between its loops; on CPU it is known, and to ask takes as long as a small update."""
+    chosen: bool | None = settings["foreach"]
+    return False if chosen is None and not settings["fused"] and param.is_cpu else chosen
 
 
 def _matching(grad: Tensor, param: Tensor, settings: Settings) -> Tensor:
