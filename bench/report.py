@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 from bench import solver_report
+from bench.executed import SWEPT
 from bench.page import pyplot
 from bench.processes import RESULTS, ROOT
 
@@ -40,7 +41,7 @@ def executed(rows: list[Row]) -> str:
     """Return a table for each model."""
     parts = []
     for model in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == model and "same_as" not in r]
+        mine = _sorted([r for r in rows if r["model"] == model and "same_as" not in r])
         plain, least = mine[0]["plain_peak"], mine[0]["minimum"]
         parts.append(
             f"### {model}: plain {_mb(plain)} MB, ours at least {_mb(least)} MB, rounding {mine[0]['rounding']:.0e}\n"
@@ -51,8 +52,16 @@ def executed(rows: list[Row]) -> str:
         parts.append("|---|---|---|---|---|---|---|---|")
         parts.extend(_line(r) for r in mine)
         parts.append("")
-        parts.extend(_same([r for r in rows if r["model"] == model and "same_as" in r]))
+        parts.extend(_same(_sorted([r for r in rows if r["model"] == model and "same_as" in r])))
     return "\n".join(parts)
+
+
+def _sorted(rows: list[Row]) -> list[Row]:
+    """Return the rows method by method, budgets from the largest to the smallest."""
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    budget = [-float(r["setting"]) if r["method"] in SWEPT else 0.0 for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: (methods.index(rows[i]["method"]), budget[i], i))
+    return [rows[i] for i in order]
 
 
 def _same(rows: list[Row]) -> list[str]:

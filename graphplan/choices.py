@@ -297,8 +297,8 @@ def _smallest(candidates: Candidates, options: Options) -> Candidate:
 
 
 def _sought(candidates: Candidates) -> Candidates:
-    """Return the candidates whose least peak is looked for."""
-    return tuple(c for c in candidates if not c.captured.roomy)
+    """Return the candidates whose least peak is looked for: a roomy one's only where it is alone."""
+    return tuple(c for c in candidates if not c.captured.roomy) or candidates
 
 
 def _share(candidates: Candidates, options: Options) -> Options:

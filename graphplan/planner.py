@@ -53,10 +53,11 @@ class Planner(Generic[P]):
 
     def entry(self, key: Hashable, sources: Sources) -> Entry[P]:
         """Return the entry for `key`, planned now if it is new."""
-        if key not in self.entries:
-            self.entries[key] = self._make(key, sources)
-        self.latest = self.entries[key]
-        return self.latest
+        found = self.entries.get(key)  # asked for once: a key is a thousand entries, to be hashed at every call
+        if found is None:
+            found = self.entries[key] = self._make(key, sources)
+        self.latest = found
+        return found
 
     def adopt(self, plan: Plan, key: Hashable, sources: Sources) -> None:
         """Run `plan`, made elsewhere, for calls with `key`; nothing is solved.

@@ -72,11 +72,15 @@ class Slots:
         like = {name: torch.empty_like(param) for name in self.rule.state_names(self.optimizer.param_groups[group])}
         return {**({"step": param.new_empty((), dtype=torch.float32)} if self.rule.counts else {}), **like}
 
-    def check_state(self, param: Tensor, name: str, group: int) -> None:
-        """Raise UnsupportedOptimizer unless the state of a parameter is absent or of its shape and dtype."""
-        state = self.optimizer.state.get(param)
+    def state_of(self, param: Tensor, name: str, group: int) -> dict[str, Any]:
+        """Return the state of a parameter, empty where there is none yet.
+
+        Raises:
+            UnsupportedOptimizer: it is not of the parameter's shape and dtype.
+        """
+        state: dict[str, Any] = self.optimizer.state.get(param) or {}
         if not state:
-            return
+            return state
         for key in self.rule.state_names(self.optimizer.param_groups[group]):
             value = state.get(key)
             if value is None and key == "momentum_buffer":
@@ -87,6 +91,7 @@ class Slots:
                     f"the optimizer's state {key!r} of parameter {name!r} is {found}; the parameter is "
                     f"{param.dtype}{tuple(param.shape)}. Load a state_dict that was saved for this model"
                 )
+        return state
 
 
 def kept_parameters(model: nn.Module, keep_grads: bool | Collection[str]) -> frozenset[int]:

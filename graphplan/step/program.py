@@ -47,7 +47,7 @@ class WholeProgram:
                 has changed.
         """
         graph = self.capture.graph
-        state, find = slots.optimizer.state, lookup(model)
+        find = lookup(model)
         bound: list[Any] = []
         params: dict[str, Tensor] = {}
         states: list[tuple[Tensor, dict[str, Any]]] = []
@@ -57,9 +57,9 @@ class WholeProgram:
                 bound.append(slots.optimizer.param_groups[primal.index])
             elif primal.kind is StorageKind.STATE:
                 p = params[primal.path]
-                slots.check_state(p, primal.path, slots.group_of[id(p)])
-                states.append((p, state.get(p) or {}))
-                bound.append(states[-1][1])
+                own = slots.state_of(p, primal.path, slots.group_of[id(p)])
+                states.append((p, own))
+                bound.append(own)
             else:
                 value = bind(primal, find, tensors)
                 bound.append(value)
@@ -74,11 +74,11 @@ class WholeProgram:
                 results = self.module(bound)
         except BaseException as e:
             changed = [name for name, t, version in watched if t._version != version]
-            _keep_states(state, states)
+            _keep_states(slots, states)
             if not changed or not isinstance(e, Exception):
                 raise
             raise StepFailed(_broken(e, changed, len(watched))) from e
-        _keep_states(state, states)
+        _keep_states(slots, states)
         count = len(graph.forward_outputs)
         for i, grad in zip(self.kept, results[count:], strict=True):
             params[graph.primals[i].path].grad = grad
@@ -86,10 +86,11 @@ class WholeProgram:
         return loss
 
 
-def _keep_states(state: Any, states: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+def _keep_states(slots: Slots, states: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
     """Put what updates began into the optimizer; a parameter that was not updated has no new entry."""
+    state = slots.optimizer.state
     for p, own in states:
-        if own and p not in state:
+        if own and state.get(p) is not own:  # where somebody looked, there is an empty one
             state[p] = own
 
 
