@@ -19,14 +19,13 @@ EAGER = ("checkpoint", "ckptplan", "pytorch_budget")  # methods on the same kern
 Row = dict[str, Any]
 
 
-def read(name: str) -> list[Row]:
-    """Return the rows of one lane, the last of each setting that was run."""
+def read(name: str, *keys: str) -> list[Row]:
+    """Return the rows of one lane, the last for each combination of `keys` that was run."""
     path = RESULTS / name
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    keys = ("model", "method", "setting", "problem", "solver", "fraction", "small")
     found: dict[tuple[Any, ...], Row] = {}
     for r in rows:
-        key = tuple(r.get(k) for k in keys)
+        key = tuple(r[k] for k in keys)
         if key not in found or not str(r.get("failed", "")).startswith("not run"):
             found[key] = r
     return list(found.values())
@@ -192,8 +191,8 @@ def _ratio(r: list[float]) -> str:
 
 
 def main() -> None:
-    rows = [r for r in read("executed.jsonl") if not r["small"]]
-    lanes = read("solvers.jsonl")
+    rows = [r for r in read("executed.jsonl", "model", "method", "setting", "small") if not r["small"]]
+    lanes = read("solvers.jsonl", "problem", "solver", "fraction")
     text = (ROOT / "bench" / "report.md").read_text()
     parts = {
         "executed": executed(rows),

@@ -18,7 +18,7 @@ from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
 from graphplan.meter import Meter, Reading, peak_of
 from graphplan.release import can_release, unheld
-from graphplan.tree import Template, as_tuple
+from graphplan.tree import Template, arguments
 from graphplan.whole import WholeStep
 
 
@@ -65,7 +65,7 @@ def measure(
     """
     if isinstance(module, WholeStep):
         return _measure_whole(module, example_inputs, example_targets, runs)
-    example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    example_inputs, kwargs = arguments(example_inputs, example_kwargs)
     loss_of = with_targets(loss_fn or default_loss, example_targets)
 
     def step() -> Any:

@@ -31,7 +31,7 @@ from graphplan.instructions import Instruction, Instructions, Loss, instructions
 from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes
 from graphplan.rewrite import Rewritten
 from graphplan.runtime import like_traced
-from graphplan.tree import as_tuple
+from graphplan.tree import arguments
 
 FORMAT = "graphplan-noise-2"
 PPB = 1_000_000_000
@@ -104,7 +104,7 @@ class Noise:
 
 def estimate_noise(
     model: nn.Module,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     loss_fn: Callable[..., Tensor] | None = None,
@@ -116,14 +116,14 @@ def estimate_noise(
 
     Args:
         model: the module, in the mode in which it is trained; left as it is.
-        example_inputs: a training batch of at least two samples.
+        example_inputs: a training batch of at least two samples, as in `optimize`.
         example_kwargs: keyword arguments that go with them.
         loss_fn: of the outputs (and `example_targets`); without it random gradients arrive at the outputs.
         example_targets: second argument of `loss_fn`, if it takes one.
         codecs: which codes.
         weights: "sgd" (one variance for all parameters) or "adam" (each by its own).
     """
-    args, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    args, kwargs = arguments(example_inputs, example_kwargs)
     captured = capture(model, args, kwargs)
     batch = Batch(model, flatten_call(args, kwargs)[1], loss_fn, example_targets)
     return estimate(captured, instructions_of(captured.graph, choose_codecs(codecs)), batch, weights)

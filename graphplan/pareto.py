@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, quiet
 from graphplan.step import TrainStep
-from graphplan.tree import as_tuple
+from graphplan.tree import arguments
 
 
 def pareto(
     model: nn.Module,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     points: int = 10,
@@ -42,7 +42,7 @@ def pareto(
     """
     options = make_options("100%", codecs, gradient_noise, solver, time_limit, device, loss_fn, example_targets, report)
     if optimizer is None:
-        source = Source.of(model, as_tuple(example_inputs), example_kwargs or {}, options)
+        source = Source.of(model, *arguments(example_inputs, example_kwargs), options)
     elif loss_fn is None:
         raise GraphplanError("an optimizer makes whole steps, which need loss_fn")
     else:

@@ -25,7 +25,7 @@ from graphplan.planner import Entry, Planner, state_key
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Awaited, Step
 from graphplan.step import TrainStep, apply_step
-from graphplan.tree import as_tuple
+from graphplan.tree import arguments
 from graphplan.units import check_budget
 
 _TWO_CALLS = (
@@ -189,7 +189,7 @@ def _build(captured: Capture, prepared: Prepared, plan: Plan) -> Step:
 def optimize(
     model: nn.Module,
     budget: int | str,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     codecs: str | Iterable[str] = "exact",
     gradient_noise: float = 0.1,
@@ -207,7 +207,8 @@ def optimize(
         budget: bytes, or text such as "512MiB", "1.5GB", "60%" (of the unplanned step's peak; with batches of
             several sizes, of the largest so far). It covers parameters, buffers, inputs, gradients, activations,
             every op's workspace and the caller's loss.
-        example_inputs: one training batch, as a tuple; None: plan at the first training call.
+        example_inputs: one training batch: a tensor, a tuple, or a mapping of keyword arguments; None: plan at the
+            first training call.
         example_kwargs: keyword arguments that go with `example_inputs`.
         codecs: "none", "exact" (bit-identical gradients), "lossy" (rounded activations too, their noise estimated
             on the example batch and measured for the plan), or names from `graphplan.CODECS`.
@@ -232,7 +233,8 @@ def optimize(
     )
     planned = PlannedModule(model, options)
     if example_inputs is not None or example_kwargs is not None:
-        planned.prepare(*as_tuple(example_inputs), **dict(example_kwargs or {}))
+        args, kwargs = arguments(example_inputs, example_kwargs)
+        planned.prepare(*args, **kwargs)
     return planned
 
 
@@ -240,7 +242,7 @@ def optimize(
 def apply(
     model: nn.Module,
     plan: Plan,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
@@ -298,5 +300,6 @@ def apply(
         plan.budget_bytes, plan.codecs or "none", device=device, loss_fn=loss_fn, example_targets=example_targets
     )
     planned = PlannedModule(model, options)
-    planned.adopt(plan, *as_tuple(example_inputs), **dict(example_kwargs or {}))
+    args, kwargs = arguments(example_inputs, example_kwargs)
+    planned.adopt(plan, *args, **kwargs)
     return planned

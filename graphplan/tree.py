@@ -7,7 +7,7 @@ keeps one sample of the structure with every tensor replaced by a numbered Slot,
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,14 @@ _VALUES = (
 )
 
 
-def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    """Return positional arguments as a tuple: a lone tensor is one argument, None is none."""
-    if example_inputs is None:
-        return ()
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+def arguments(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is called with: of a tensor (one argument), a tuple, a mapping (by keyword) or None."""
+    given = dict(kwargs or {})
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **given}
+    if inputs is None:
+        return (), given
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), given
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.step import TrainStep
-from graphplan.tree import Template, as_tuple
+from graphplan.tree import Template, arguments
 from graphplan.units import format_bytes
 
 
@@ -82,7 +82,7 @@ def verify(
     """
     if isinstance(planned, TrainStep):
         return _verify_whole(planned, model, example_inputs, example_targets)
-    example_inputs, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    example_inputs, kwargs = arguments(example_inputs, example_kwargs)
     loss_of = with_targets(loss_fn or default_loss, example_targets)
     planned.prepare(*example_inputs, **kwargs)
     entry = planned.entry()

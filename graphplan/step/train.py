@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from graphplan.step.extend import Extension, check_loss
 from graphplan.step.optimizer import Slots, check_hooks, kept_parameters
 from graphplan.step.parts import check_parts, in_parts
 from graphplan.step.program import WholeProgram
-from graphplan.tree import Template, as_tuple
+from graphplan.tree import Template, arguments
 from graphplan.units import check_budget
 from graphplan.whole import WholeStep
 
@@ -225,9 +225,8 @@ class _WithLoss(nn.Module):
 
 def call_arguments(inputs: Any, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a model with its loss: a mapping of inputs is keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return (), {**inputs, "targets": targets}
-    return as_tuple(inputs), {"targets": targets}
+    args, kwargs = arguments(inputs)
+    return args, {**kwargs, "targets": targets}
 
 
 def _parameters(loss_fn: Any) -> Iterable[Tensor]:
