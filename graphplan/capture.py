@@ -115,12 +115,13 @@ class _Flat(nn.Module):
 def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
     """Return (the module that was traced, its joint graph) from the first rung that holds."""
     try:
-        return flat, _joint(flat, tensors)
+        with _unlogged():
+            return flat, _joint(flat, tensors)
     except GraphplanError:
         raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
-            with _silenced(), _own_backwards_refused():
+            with _unlogged(), _unprinted(), _own_backwards_refused():
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
@@ -144,22 +145,30 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep torch.export from printing the whole graph when it fails: the error that we raise says what matters."""
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging why a rung failed: the next may hold, else the error that we raise says what matters."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        sink = io.StringIO()
-        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            yield
+        yield
     finally:
         logger.setLevel(level)
 
 
 @contextlib.contextmanager
+def _unprinted() -> Iterator[None]:
+    """Keep torch.export from printing the whole graph when it fails."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
+
+
+@contextlib.contextmanager
 def _own_backwards_refused() -> Iterator[None]:
     """Refuse a torch.autograd.Function: torch.export keeps its forward and forgets its backward.
+
+    But those that torch.library makes: a custom op stays one op, and its registered backward with it.
 
     Raises:
         UnsupportedModel: one is called.
@@ -167,7 +176,7 @@ def _own_backwards_refused() -> Iterator[None]:
     own, here = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != here:  # another thread's training goes on
+        if threading.get_ident() != here or cls.__module__ == _CUSTOM_OPS:  # another thread's training goes on
             return own.__get__(None, cls)(*args, **kwargs)
         raise UnsupportedModel(
             f"the model calls {cls.__name__}, a torch.autograd.Function, and holds tensors that are neither parameters "
@@ -208,6 +217,7 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name!r} is complex ({p.dtype}); only real parameters are planned")
 
 
+_CUSTOM_OPS = "torch._library.autograd"  # where the Function of a custom op is made
 _PLAIN_TENSOR = "allow_non_fake_inputs"  # torch's words where a tensor is neither parameter nor buffer
 _DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent", "DynamicOutputShape")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,9 +35,26 @@ class Rounded(nn.Module):
         return self.second(StraightThrough.apply(self.first(x)) * self.scale)
 
 
-def test_its_gradients_are_kept() -> None:
+@torch.library.custom_op("graphplan_tests::straight_through", mutates_args=())
+def straight_through(x: Tensor) -> Tensor:
+    return x.round()
+
+
+straight_through.register_fake(torch.empty_like)
+straight_through.register_autograd(lambda ctx, grad: 3 * grad)
+
+
+class CustomOp(Rounded):
+    """A custom op has its backward registered; the plain tensor sends the capture through torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(straight_through(self.first(x)) * self.scale)
+
+
+@pytest.mark.parametrize("build", [lambda: Rounded(True), lambda: CustomOp(True), lambda: CustomOp(False)])
+def test_its_gradients_are_kept(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model, x = Rounded(registered=True), torch.randn(16, 8)
+    model, x = build(), torch.randn(16, 8)
     model(x).square().sum().backward()
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
