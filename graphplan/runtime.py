@@ -36,15 +36,15 @@ class Step:
 
     capture: Capture
     rewritten: Rewritten
-    tangent_strides: tuple[tuple[int, ...] | None, ...]  # for each forward output, as traced
+    tangents: tuple[Tensor | None, ...]  # for each forward output, as traced: no memory
     released: tuple[bool, ...]  # for each forward output: whether the plan counts on its gradient's memory
 
     @staticmethod
     def of(capture: Capture, rewritten: Rewritten, released: frozenset[str] = frozenset()) -> Step:
         """Return the step of a capture and its rewrite, which frees the `released` tangents at their last use."""
         nodes, tangents = capture.graph.nodes, capture.graph.tangents
-        strides = (None if t is None else tuple(nodes[t].meta["val"].stride()) for t in tangents)
-        return Step(capture, rewritten, tuple(strides), tuple(t in released for t in tangents))
+        traced = tuple(None if t is None else nodes[t].meta["val"] for t in tangents)
+        return Step(capture, rewritten, traced, tuple(t in released for t in tangents))
 
     def key(self, number: int) -> tuple[int, ...]:
         """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
@@ -71,23 +71,32 @@ class _Planned(torch.autograd.Function):
         tangents = step.capture.graph.tangents
         ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tangents, strict=True) if t is None))
         ctx.save_for_backward(*saved)
+        # Else autograd makes zeros also for outputs that have no gradient, beside what was planned.
+        ctx.set_materialize_grads(False)
         ctx.step, ctx.awaited = step, awaited
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise BackwardError(
                 "a planned step has no second derivative: backward(create_graph=True) needs the plain model"
             )
         alone = unheld(gradients) if any(ctx.step.released) else []
-        arguments = _take_saved(ctx)
-        for i, stride in enumerate(ctx.step.tangent_strides):
-            if stride is not None:
-                if ctx.step.released[i] and not alone[i]:
-                    _warn_of(gradients[i])
-                release = ctx.step.released[i] and alone[i]
-                arguments.append(like_traced(take(gradients[i]) if release else gradients[i], stride))
+        arguments, held = _take_saved(ctx), []
+        for i, traced in enumerate(ctx.step.tangents):
+            gradient, release = gradients[i], ctx.step.released[i]
+            if traced is None:
+                continue
+            if gradient is None:  # of an output that the loss does not read
+                gradient = torch.zeros(traced.shape, dtype=traced.dtype, device=traced.device)
+                held += [] if release else [gradient]  # as the plan has it
+            elif release and alone[i]:
+                gradient = take(gradient)
+            elif release:
+                _warn_of(gradient)
+            arguments.append(like_traced(gradient, traced.stride()))
+            del gradient
         with torch._C._DisableAutocast():
             return (None, None, None, *ctx.step.rewritten.backward(arguments))
 

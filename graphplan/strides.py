@@ -1,8 +1,9 @@
 """Strides that torch's fake kernels get wrong: results are brought into those that the trace went on with.
 
 Whether a trace takes a view or a copy hangs on the strides that fake kernels say. Some are wrong for operands that are
-not contiguous (torch 2.13: BatchNorm, the backwards of MSE, Huber and binary cross-entropy). So each op with such an
-operand is run once, on made-up values, and what it returns in another order is copied into the traced one.
+not contiguous (torch 2.13: BatchNorm, the backwards of MSE, Huber and binary cross-entropy; of dropout where the
+gradient's order is not the mask's). So each op with such an operand is run once, on made-up values, and what it returns
+in another order is copied into the traced one. An elementwise op is believed where its operands have one order.
 """
 
 from __future__ import annotations
@@ -51,11 +52,15 @@ def made_up(like: Any, device: torch.device) -> Any:
 
 def _doubtful(node: fx.Node) -> bool:
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or op in _SURE or torch.Tag.pointwise in op.tags:
+    if not isinstance(op, torch._ops.OpOverload) or op in _SURE:
         return False
     if op._schema.is_mutable or aliased_input(node) is not None:
         return False
-    return any(not v.is_contiguous() for v in _values(node))
+    values = _values(node)
+    largest = max((v.numel() for v in values), default=0)
+    if torch.Tag.pointwise in op.tags and len({v.stride() for v in values if v.numel() == largest}) < 2:
+        return False  # the operands' own order
+    return any(not v.is_contiguous() for v in values)
 
 
 def _values(node: fx.Node) -> list[Tensor]:

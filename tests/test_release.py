@@ -185,3 +185,31 @@ def test_a_tied_gradient_is_added_up_beside_what_others_read(last: bool) -> None
             found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         assert torch.equal(given, g)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Several(nn.Module):
+    """Returns what the loss reads, what it could read, and what has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden).square().mean(), hidden * 2, hidden.detach() * 3
+
+
+def test_outputs_without_a_gradient_cost_nothing_in_the_backward() -> None:
+    """Autograd would make zeros for every output that gets none; only those that the backward reads are made."""
+    model, x = Several(), torch.randn(512, 64)
+    planned = graphplan.optimize(model, "100%", x, loss_fn=lambda outputs: outputs[0], time_limit=4)
+    found = []
+    for net in (model, planned):
+        model.zero_grad()
+        net(x)[0].backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for budget in (planned.plan.budget_bytes, planned.plan.minimum_peak_bytes):
+        tight = planned.at_budget(budget)
+        tight.prepare(x)
+        assert graphplan.measure(tight, x, lambda outputs: outputs[0], runs=1).peak_bytes <= tight.plan.peak_bytes

@@ -95,20 +95,6 @@ def test_kwargs_and_plain_values(budget: str) -> None:
     assert_same(*both(Net(), budget, lambda m: m(x, 2.0, flip=True).pow(2).sum()))
 
 
-def test_a_mapping_of_example_inputs_is_keyword_arguments() -> None:
-    """At every door, as at `train_step`'s."""
-    model, inputs = Net(), {"x": torch.randn(256, 16), "scale": 2.0}
-    planned = graphplan.optimize(model, "100%", inputs, time_limit=5)
-    plan = planned.plan
-    planned(**inputs)
-    assert len(planned._entries) == 1
-    assert graphplan.verify(planned, model, inputs).ok
-    assert graphplan.measure(planned, inputs, runs=1).peak_bytes <= plan.budget_bytes
-    assert graphplan.pareto(model, inputs, points=2, time_limit=5)[-1].fingerprint == plan.fingerprint
-    assert graphplan.apply(model, plan, inputs).plan == plan
-    assert graphplan.estimate_noise(model, inputs).rho
-
-
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_keyword_order_and_position_do_not_matter(budget: str) -> None:
     planned = graphplan.optimize(Net(), budget, time_limit=5)

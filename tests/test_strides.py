@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import graphplan
 from graphplan import normalise
@@ -54,6 +55,36 @@ def test_same_values_whatever_order_kernels_write_in(after: str) -> None:
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     graphplan.verify(planned, model, (x,))
+
+
+class Compared(fx.Interpreter):
+    """Runs a program and holds every result's strides against the traced ones."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result, traced = super().run_node(n), n.meta.get("val")
+        if n.op == "call_function" and isinstance(result, Tensor) and isinstance(traced, Tensor):
+            sides = zip(result.stride(), traced.stride(), result.shape, strict=True)
+            assert all(a == b for a, b, size in sides if size > 1), n.name
+        return result
+
+
+def test_traced_strides_are_real_where_operands_have_two_orders() -> None:
+    """SqueezeBERT's dropout has a mask in one order and a gradient in another."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SqueezeBertConfig(
+        vocab_size=100, hidden_size=64, embedding_size=64, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=128,
+    )  # fmt: skip
+    model, ids = transformers.SqueezeBertForMaskedLM(config).train(), torch.randint(0, 100, (4, 32))
+    batch, optimizer = {"input_ids": ids, "labels": ids}, torch.optim.SGD(model.parameters(), lr=0.01)
+    step = graphplan.train_step(model, lambda outputs: outputs.loss, optimizer, "100%", batch, time_limit=4)
+    for budget in (step.plan.budget_bytes, step.plan.minimum_peak_bytes):
+        tight = step.at_budget(budget)
+        tight.prepare(batch)
+        assert graphplan.measure(tight, batch, runs=1).peak_bytes <= budget
+        program = tight.graph_module
+        program.forward = lambda given, program=program: Compared(program).run(*given)  # type: ignore[method-assign, misc]
+        tight(batch)
 
 
 def test_without_it_the_program_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
