@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 
 from graphplan.errors import CaptureError
 from graphplan.graph import Output, Primal, StorageKind
+from graphplan.state import lookup
 
 
 class Interface:
@@ -160,28 +161,6 @@ def _primal(desc: Any, model: nn.Module, traced: nn.Module, prefix: str) -> Prim
 def resolve(model: nn.Module, path: str) -> Tensor | None:
     """Return the parameter, buffer or plain tensor attribute at the dotted `path`, None if there is none."""
     return lookup(model)(path)
-
-
-def lookup(model: nn.Module) -> Callable[[str], Tensor | None]:
-    """Return `resolve` for many paths of one model, which goes to each module once."""
-    owners: dict[str, nn.Module | None] = {"": model}
-
-    def owner_of(path: str) -> nn.Module | None:
-        if path not in owners:
-            parent, _, name = path.rpartition(".")
-            above = owner_of(parent)
-            owners[path] = None if above is None else above._modules.get(name)
-        return owners[path]
-
-    def find(path: str) -> Tensor | None:
-        place, _, leaf = path.rpartition(".")
-        owner = owner_of(place)
-        value = None if owner is None else owner._parameters.get(leaf)
-        if value is None:  # a buffer, a plain attribute, or what a parametrization computes
-            value = getattr(owner, leaf, None)
-        return value if isinstance(value, Tensor) else None
-
-    return find
 
 
 def _geometry(node: fx.Node, base: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -21,9 +21,10 @@ from graphplan.lift import Prepared
 from graphplan.noise import Noise
 from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
-from graphplan.planner import Entry, Planner, state_key
+from graphplan.planner import Entry, Planner
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Awaited, Step
+from graphplan.state import ModelState
 from graphplan.step import TrainStep, apply_step
 from graphplan.tree import arguments
 from graphplan.units import check_budget
@@ -62,6 +63,7 @@ class PlannedModule(nn.Module):
         self.training = model.training
         self._options = options
         self._planner = Planner(options, model, _build)
+        self._state = ModelState(model)
         self.step_number = 0
         self._awaited: Callable[[], Awaited | None] = lambda: None
 
@@ -73,14 +75,14 @@ class PlannedModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
-        key = (call_key(template, tensors), state_key(self))
+        key = (call_key(template, tensors), self._state.read(self))
         step = self._planner.entry(key, lambda: self._source(args, kwargs)).step
         self.step_number += 1
         if self._awaited() is not None:
             warnings.warn(_TWO_CALLS, RuntimeWarning, stacklevel=2)
         awaited = Awaited()
         self._awaited = weakref.ref(awaited)
-        return step.run(model, tensors, self.step_number - 1, awaited)
+        return step.run(self._state.find, tensors, self.step_number - 1, awaited)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these example inputs now, without running the model; return the plan."""
@@ -178,7 +180,7 @@ class PlannedModule(nn.Module):
         if not self.training:
             raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
         template, tensors = flatten_call(args, kwargs)
-        return (call_key(template, tensors), state_key(self))
+        return (call_key(template, tensors), self._state.read(self))
 
 
 def _build(captured: Capture, prepared: Prepared, plan: Plan) -> Step:

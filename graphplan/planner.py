@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -142,35 +142,3 @@ class Planner(Generic[P]):
         if self.device is None or self.device.threads != torch.get_num_threads():
             self.device = Device.this(like)
         return self.device
-
-
-def state_key(*owners: Any) -> Hashable:
-    """Return what of the modules among `owners`, and of torch, a plan depends on: kernels' scratch does on threads."""
-    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in _modules(owner)]
-    own = (p for m in modules for p in m._parameters.values() if p is not None)
-    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in own)
-    settings = tuple(_settings(m) for m in modules)
-    autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return (parameters, settings, autocast, torch.get_num_threads())
-
-
-def _modules(owner: nn.Module) -> list[nn.Module]:
-    """Return a module and all that are in it, each once: `modules()` without its names, which take most of its time."""
-    found = {id(owner): owner}
-    waiting = [owner]
-    while waiting:
-        for child in waiting.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                waiting.append(child)
-    return list(found.values())
-
-
-def _settings(module: nn.Module) -> Hashable:
-    """Return what a module is and does; of torch's own also its numbers, as a dropout's `p`. Others may be counters."""
-    kind = type(module)
-    own = vars(module).values() if kind.__module__.startswith("torch.nn.") else ()
-    return (kind, module.training, tuple(v for v in own if type(v) in _PLAIN))
-
-
-_PLAIN = (bool, int, float, str)

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from graphplan.capture import Capture
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instruction
-from graphplan.interface import lookup
 from graphplan.runtime import bind, like_traced, output_of
+from graphplan.state import lookup
 from graphplan.tree import Template
 
 Values = dict[fx.Node, Any]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
 from graphplan.graph import Output, Primal
-from graphplan.interface import lookup
 from graphplan.release import take, unheld
 from graphplan.rewrite import Rewritten
+from graphplan.state import Find
 
 SMALL_BYTES = 1024
 _HELD = (
@@ -50,10 +50,12 @@ class Step:
         """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
         return (functions.mix(torch.initial_seed(), number),) if self.rewritten.keyed else ()
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor], number: int = 0, awaited: Awaited | None = None) -> Any:
-        """Return what the model returns for input `tensors`, ready for one backward; until then `awaited` is held."""
+    def run(self, find: Find, tensors: Sequence[Tensor], number: int = 0, awaited: Awaited | None = None) -> Any:
+        """Return what the model returns for input `tensors`, ready for one backward; until then `awaited` is held.
+
+        `find` finds the model's tensors.
+        """
         graph = self.capture.graph
-        find = lookup(model)
         primals = [bind(p, find, tensors) for p in graph.primals]
         fresh = _Planned.apply(self, self.key(number), awaited, *primals)  # type: ignore[no-untyped-call]
         return self.capture.outputs.fill([output_of(o, fresh, primals) for o in graph.outputs])
@@ -131,7 +133,7 @@ def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def bind(primal: Primal, find: Callable[[str], Tensor | None], tensors: Sequence[Tensor]) -> Tensor:
+def bind(primal: Primal, find: Find, tensors: Sequence[Tensor]) -> Tensor:
     """Return the tensor that stands for a graph input in this call; `find` is the model's `lookup`."""
     if primal.index >= 0:
         return tensors[primal.index]

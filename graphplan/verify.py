@@ -17,6 +17,7 @@ from graphplan.planned import PlannedModule
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.state import lookup
 from graphplan.step import TrainStep
 from graphplan.tree import Template, arguments
 from graphplan.units import format_bytes
@@ -96,7 +97,7 @@ def verify(
             return _step(model, tensors, call, loss_of)
 
     plain = outcome(lambda: model(*example_inputs, **kwargs))
-    joint = outcome(lambda: unplanned.run(model, tensors))
+    joint = outcome(lambda: unplanned.run(lookup(model), tensors))
     ours = outcome(lambda: planned(*example_inputs, **kwargs))
     lossy = entry.plan.noise > 0
     what = [f.name for f in fields(_Outcome) if not (lossy and f.name == "gradients")]

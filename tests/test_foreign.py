@@ -1,85 +1,119 @@
-"""Models of the transformers library, built from a config (random weights, nothing downloaded)."""
+"""Models of the transformers library: the promises about bytes and gradients, for `optimize` and for whole steps.
+
+CI runs a few, `make foreign` all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from foreign_models import FOREIGN, REFUSED
+from torch import Tensor, nn
 
 import graphplan
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+FEW = ("gpt2", "bert", "llama", "t5", "swin", "convnext", "mamba")
+Gradients = dict[str, Tensor]
 
 
-def ids(batch: int = 4, length: int = 32) -> torch.Tensor:
-    return torch.randint(0, 100, (batch, length), generator=torch.Generator().manual_seed(1))
+def loss_of(outputs: Any) -> Tensor:
+    """Return the model's own loss, or one of all that it returns."""
+    if outputs.get("loss") is not None:
+        return outputs["loss"]
+    floats = [v for v in outputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.stack([v.float().square().mean() for v in floats]).sum()
 
 
-def gpt2() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.GPT2Config(
-        vocab_size=100, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    return transformers.GPT2LMHeadModel(config), {"input_ids": ids(), "labels": ids()}
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random numbers back."""
+    before = copy.deepcopy(dict(model.named_buffers()))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        yield
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(before[name])
 
 
-def bert() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
-    )
-    inputs = {"input_ids": ids(), "attention_mask": torch.ones(4, 32, dtype=torch.long), "labels": ids()}
-    return transformers.BertForMaskedLM(config), inputs
+def gradients(module: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Gradients:
+    with unchanged(model):
+        loss_of(module(**inputs)).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
-def llama() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config), {"input_ids": ids(), "labels": ids()}
+def error(found: Gradients, expected: Gradients) -> float:
+    """Return the largest difference over the largest gradient."""
+    assert found.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    return max(float((found[n] - expected[n]).abs().max()) for n in expected) / largest
 
 
-def t5() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.T5Config(
-        vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config), {"input_ids": ids(), "labels": ids()}
-
-
-def swin() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
-    )
-    inputs = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4, dtype=torch.long)}
-    return transformers.SwinForImageClassification(config), inputs
-
-
-def convnext() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2)
-    inputs = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.zeros(4, dtype=torch.long)}
-    return transformers.ConvNextForImageClassification(config), inputs
-
-
-def mamba() -> tuple[torch.nn.Module, dict[str, Any]]:
-    config = transformers.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
-    return transformers.MambaForCausalLM(config), {"input_ids": ids(2, 12), "labels": ids(2, 12)}
-
-
-FOREIGN: dict[str, Callable[[], tuple[torch.nn.Module, dict[str, Any]]]] = {
-    f.__name__: f for f in (gpt2, bert, llama, t5, swin, convnext, mamba)
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", FEW)
 def test_planned_and_verified(name: str) -> None:
     model, inputs = FOREIGN[name]()
     model.train()
-    loss = {"loss_fn": lambda outputs: outputs.loss}
-    free = graphplan.optimize(model, "100%", (), inputs, time_limit=3, **loss)
-    budget = (free.plan.minimum_peak_bytes + free.plan.baseline_peak_bytes) // 2
-    planned = free.at_budget(budget)
-    graphplan.verify(planned, model, (), example_kwargs=inputs, **loss)
+    free = graphplan.optimize(model, "100%", inputs, loss_fn=loss_of, time_limit=3)
+    planned = free.at_budget((free.plan.minimum_peak_bytes + free.plan.baseline_peak_bytes) // 2)
+    graphplan.verify(planned, model, inputs, loss_fn=loss_of)
     assert type(planned(**inputs)) is type(model(**inputs))
     assert any(d.fate != "keep" for d in planned.plan.decisions.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOREIGN)
+def test_promises_at_three_budgets(name: str) -> None:
+    """Measured bytes are the predicted ones, at most the budget; gradients are plain PyTorch's, within rounding."""
+    model, inputs = FOREIGN[name]()
+    model.train()
+    expected = gradients(model, model, inputs)
+    free = graphplan.optimize(model, "100%", inputs, loss_fn=loss_of, time_limit=6)
+    least, most = free.plan.minimum_peak_bytes, free.plan.baseline_peak_bytes
+    for planned in (free, free.at_budget((least + most) // 2), free.at_budget(least)):
+        planned.prepare(**inputs)
+        assert error(gradients(planned, model, inputs), expected) < 1e-4
+        with unchanged(model):
+            measured = graphplan.measure(planned, inputs, loss_of, runs=1).peak_bytes
+        assert 0.99 * planned.plan.peak_bytes <= measured <= planned.plan.peak_bytes <= planned.plan.budget_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOREIGN)
+def test_steps_train_as_plain_pytorch_does(name: str) -> None:
+    """Two steps of SGD at the least peak: measured bytes within the budget, parameters as in the plain loop."""
+    model, inputs = FOREIGN[name]()
+    model.train()
+    plain = copy.deepcopy(model)
+    options = {"lr": 1e-2, "momentum": 0.9}
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    step = graphplan.train_step(model, loss_of, optimizer, "100%", inputs, time_limit=6)
+    step = step.at_budget(step.plan.minimum_peak_bytes)
+    other = torch.optim.SGD(plain.parameters(), **options)
+    for k in range(2):
+        torch.manual_seed(k)
+        loss = step(inputs)
+        torch.manual_seed(k)
+        other.zero_grad()
+        expected = loss_of(plain(**inputs))
+        expected.backward()
+        other.step()
+        assert torch.allclose(loss, expected, rtol=1e-4)
+    moved = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert moved < 1e-4
+    measured = graphplan.measure(step, inputs, runs=1).peak_bytes
+    assert 0.99 * step.plan.peak_bytes <= measured <= step.plan.peak_bytes <= step.plan.budget_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_graph_cannot_hold_is_refused_with_the_reason(name: str) -> None:
+    model, inputs = REFUSED[name]()
+    with pytest.raises((graphplan.CaptureError, graphplan.UnsupportedModel), match="autograd.Function|this line"):
+        graphplan.optimize(model, "100%", inputs, loss_fn=loss_of)

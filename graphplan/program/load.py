@@ -123,7 +123,7 @@ class Program:
             forward_outputs=names, tangents=(), mutations=(), gradients=(None,) * len(self.primals), storages=(),
             ops=(), storages_of={}, fingerprint=self.fingerprint,
         )  # fmt: skip
-        program = WholeProgram(Capture(graph, Template((), ()), Template((), ())), module, ())
+        program = WholeProgram.running(Capture(graph, Template((), ()), Template((), ())), module)
         return ProgramStep(model, optimizer, Slots.of(optimizer, model), program, self.inputs)
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from graphplan.capture import flatten_call
 from graphplan.program.document import Geometry, need
+from graphplan.state import lookup
 from graphplan.step.optimizer import Slots
 from graphplan.step.program import WholeProgram
 from graphplan.step.train import call_arguments
@@ -26,6 +27,7 @@ class ProgramStep(WholeStep):
         """Hold what a step needs."""
         self.model, self.optimizer = model, optimizer
         self._slots, self._program, self._inputs = slots, program, tuple(inputs)
+        self._find = lookup(model)
 
     def warm(self) -> None:
         """Run each call once on tensors of zeros: what kernels set up for themselves is then in place.
@@ -58,4 +60,4 @@ class ProgramStep(WholeStep):
         need(len(tensors) == len(self._inputs), f"the program takes {len(self._inputs)} tensors, not {len(tensors)}")
         for i, (t, wanted) in enumerate(zip(tensors, self._inputs, strict=True)):
             need(Geometry.of(t) == wanted, f"tensor {i} is {Geometry.of(t)}; the program takes {wanted}")
-        return self._program.run(self.model, self._slots, tensors)
+        return self._program.run(self._find, self._slots, tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,26 +72,35 @@ class Slots:
         like = {name: torch.empty_like(param) for name in self.rule.state_names(self.optimizer.param_groups[group])}
         return {**({"step": param.new_empty((), dtype=torch.float32)} if self.rule.counts else {}), **like}
 
-    def state_of(self, param: Tensor, name: str, group: int) -> dict[str, Any]:
-        """Return the state of a parameter, empty where there is none yet.
+    def states_of(self, names: Sequence[str], params: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the named parameters, each with its state, empty where there is none yet.
 
         Raises:
             UnsupportedOptimizer: it is not of the parameter's shape and dtype.
         """
-        state: dict[str, Any] = self.optimizer.state.get(param) or {}
-        if not state:
-            return state
-        for key in self.rule.state_names(self.optimizer.param_groups[group]):
-            value = state.get(key)
-            if value is None and key == "momentum_buffer":
-                continue  # SGD begins it at any step
-            if not isinstance(value, Tensor) or value.shape != param.shape or value.dtype is not param.dtype:
-                found = f"{value.dtype}{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise UnsupportedOptimizer(
-                    f"the optimizer's state {key!r} of parameter {name!r} is {found}; the parameter is "
-                    f"{param.dtype}{tuple(param.shape)}. Load a state_dict that was saved for this model"
-                )
-        return state
+        groups = [self.rule.state_names(group) for group in self.optimizer.param_groups]
+        found: list[tuple[Tensor, dict[str, Any]]] = []
+        for name in names:
+            param = params[name]
+            keys = groups[self.group_of[id(param)]]
+            state = self.optimizer.state.get(param) if keys else None
+            if state:
+                _check_state(state, keys, param, name)
+            found.append((param, state or {}))
+        return found
+
+
+def _check_state(state: dict[str, Any], keys: Sequence[str], param: Tensor, name: str) -> None:
+    for key in keys:
+        value = state.get(key)
+        if value is None and key == "momentum_buffer":
+            continue  # SGD begins it at any step
+        if not isinstance(value, Tensor) or value.shape != param.shape or value.dtype is not param.dtype:
+            found = f"{value.dtype}{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise UnsupportedOptimizer(
+                f"the optimizer's state {key!r} of parameter {name!r} is {found}; the parameter is "
+                f"{param.dtype}{tuple(param.shape)}. Load a state_dict that was saved for this model"
+            )
 
 
 def kept_parameters(model: nn.Module, keep_grads: bool | Collection[str]) -> frozenset[int]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphplan.capture import Capture
 from graphplan.errors import StepFailed
-from graphplan.graph import StorageKind
-from graphplan.interface import lookup
+from graphplan.graph import Primal, StorageKind
 from graphplan.lift import Prepared
 from graphplan.plan import Plan
 from graphplan.rewrite import rewrite_whole
 from graphplan.runtime import bind, output_of
+from graphplan.state import Find
 from graphplan.step.optimizer import Slots
 
 
@@ -27,6 +27,9 @@ class WholeProgram:
     capture: Capture
     module: fx.GraphModule
     kept: tuple[int, ...]  # primals whose gradients the module returns
+    values: tuple[Primal, ...]  # the tensors that the module takes: parameters, buffers, constants, inputs
+    states: tuple[str, ...]  # the parameters whose optimizer state it takes
+    places: tuple[int, ...]  # of each primal among the values, then the states, then the groups' settings
 
     @staticmethod
     def of(captured: Capture, prepared: Prepared, plan: Plan) -> WholeProgram:
@@ -37,43 +40,39 @@ class WholeProgram:
     def running(captured: Capture, module: fx.GraphModule) -> WholeProgram:
         """Return the program of a rewritten module."""
         kept = tuple(i for i, g in enumerate(captured.graph.gradients) if g is not None)
-        return WholeProgram(captured, module, kept)
+        primals = captured.graph.primals
+        values = tuple(p for p in primals if p.kind not in (StorageKind.SETTINGS, StorageKind.STATE))
+        states = tuple(p.path for p in primals if p.kind is StorageKind.STATE)
+        value, state = iter(range(len(values))), iter(range(len(values), len(values) + len(states)))
+        places = tuple(
+            len(values) + len(states) + p.index
+            if p.kind is StorageKind.SETTINGS
+            else next(state if p.kind is StorageKind.STATE else value)
+            for p in primals
+        )
+        return WholeProgram(captured, module, kept, values, states, places)
 
-    def run(self, model: nn.Module, slots: Slots, tensors: Sequence[Tensor]) -> Tensor:
-        """Run one step on the input `tensors` and return the loss.
+    def run(self, find: Find, slots: Slots, tensors: Sequence[Tensor]) -> Tensor:
+        """Run one step on the input `tensors` and return the loss; `find` finds the model's tensors.
 
         Raises:
             StepFailed: the step broke off after its first write. An error before that comes as it is, and nothing
                 has changed.
         """
         graph = self.capture.graph
-        find = lookup(model)
-        bound: list[Any] = []
-        params: dict[str, Tensor] = {}
-        states: list[tuple[Tensor, dict[str, Any]]] = []
-        watched: list[tuple[str, Tensor, int]] = []
-        for primal in graph.primals:
-            if primal.kind is StorageKind.SETTINGS:
-                bound.append(slots.optimizer.param_groups[primal.index])
-            elif primal.kind is StorageKind.STATE:
-                p = params[primal.path]
-                own = slots.state_of(p, primal.path, slots.group_of[id(p)])
-                states.append((p, own))
-                bound.append(own)
-            else:
-                value = bind(primal, find, tensors)
-                bound.append(value)
-                if primal.kind is StorageKind.PARAMETER:
-                    params[primal.path] = value
-                if primal.kind in (StorageKind.PARAMETER, StorageKind.BUFFER):
-                    watched.append((primal.path, value, value._version))
+        values = [bind(p, find, tensors) for p in self.values]
+        watched = [(p.path, v) for p, v in zip(self.values, values, strict=True) if p.kind in _CHANGED]
+        versions = [v._version for _, v in watched]
+        states = slots.states_of(self.states, dict(watched))
         for p, _ in states:
             p.grad = None
+        given = [*values, *(own for _, own in states), *slots.optimizer.param_groups]
+        bound = [given[place] for place in self.places]
         try:
             with torch.no_grad(), torch._C._DisableAutocast():
                 results = self.module(bound)
         except BaseException as e:
-            changed = [name for name, t, version in watched if t._version != version]
+            changed = [name for (name, v), version in zip(watched, versions, strict=True) if v._version != version]
             _keep_states(slots, states)
             if not changed or not isinstance(e, Exception):
                 raise
@@ -81,9 +80,12 @@ class WholeProgram:
         _keep_states(slots, states)
         count = len(graph.forward_outputs)
         for i, grad in zip(self.kept, results[count:], strict=True):
-            params[graph.primals[i].path].grad = grad
+            values[self.places[i]].grad = grad
         loss: Tensor = output_of(graph.outputs[0], results[:count], ())
         return loss
+
+
+_CHANGED = (StorageKind.PARAMETER, StorageKind.BUFFER)
 
 
 def _keep_states(slots: Slots, states: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:

@@ -16,8 +16,9 @@ from graphplan.errors import GraphplanError, UnsupportedModel
 from graphplan.measure import with_targets
 from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
-from graphplan.planner import Entry, Planner, state_key
+from graphplan.planner import Entry, Planner
 from graphplan.rewrite import rewrite_whole
+from graphplan.state import ModelState
 from graphplan.step.clip import Clip
 from graphplan.step.extend import Extension, check_loss
 from graphplan.step.optimizer import Slots, check_hooks, kept_parameters
@@ -60,12 +61,13 @@ class TrainStep(WholeStep):
         self._kept = kept_parameters(model, keep_grads)
         self._slots = Slots.of(optimizer, model)
         self._shape = self._slots.shape()
+        self._state = ModelState(model)
         self._planner: Planner[WholeProgram] = Planner(self._options, model, WholeProgram.of)
 
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """Train on one batch, shaped like the examples; return the loss, detached."""
         call = self._call(inputs, targets)
-        loss = self._planner.entry(*call[:2]).step.run(self.model, self._slots, call[2])
+        loss = self._planner.entry(*call[:2]).step.run(self._state.find, self._slots, call[2])
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
         return loss
 
@@ -100,7 +102,7 @@ class TrainStep(WholeStep):
         captured = entry.step.capture
         module = rewrite_whole(captured.graph, entry.prepared.instructions, names, in_place=False)
         program = WholeProgram.running(captured, module)
-        return program.run(self.model, self.slots(), self._call(inputs, targets)[2])
+        return program.run(self._state.find, self.slots(), self._call(inputs, targets)[2])
 
     def at_budget(self, budget: int | str) -> TrainStep:
         """Return the same step planned for another budget, from what is already captured and measured."""
@@ -157,7 +159,7 @@ class TrainStep(WholeStep):
         args, kwargs = call_arguments(inputs, targets)
         template, given = flatten_call(args, kwargs)
         tensors = [t.detach() for t in given]
-        key = (call_key(template, tensors), state_key(self.model, self._loss_fn), self._shape)
+        key = (call_key(template, tensors), self._state.read(self.model, self._loss_fn), self._shape)
         source = Source(
             lambda: self._capture(template, tensors, slots),
             in_parts=lambda parts: self._capture_parts(template, tensors, slots, parts),

@@ -6,7 +6,7 @@ elementwise: pieces give the same bits as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,17 +141,15 @@ RULES: dict[type, Rule] = {
 }
 
 
-def _pieces(param: Tensor, settings: Settings) -> Iterator[Any]:
-    """Yield indices that cut a parameter along its first dimension into pieces of about PIECE elements.
+def _pieces(param: Tensor, settings: Settings) -> Iterable[Any]:
+    """Return indices that cut a parameter along its first dimension into pieces of about PIECE elements.
 
     The fused kernels need no temporaries, and a parameter without dimensions cannot be cut.
     """
     if param.numel() <= PIECE or settings["fused"] or param.dim() == 0:
-        yield ...
-        return
+        return (...,)
     rows = max(1, PIECE * param.shape[0] // param.numel())
-    for start in range(0, param.shape[0], rows):
-        yield slice(start, start + rows)
+    return [slice(start, start + rows) for start in range(0, param.shape[0], rows)]
 
 
 def _part(whole: Tensor | Product, piece: Any) -> Tensor:
