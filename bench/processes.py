@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# glibc keeps what is freed: else it gives memory back in the middle of a step, by its own luck, and faults it in again.
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 RESULTS = ROOT / "bench" / "results"  # in the repository: what the pages are made from
 
 
-def run_again(module: str, *words: object, minutes: float | None = None, spin: bool = False) -> None:
+def run_again(
+    module: str, *words: object, minutes: float | None = None, spin: bool = False, kept: bool = False
+) -> None:
     """Run `python -m bench.MODULE WORDS`, and say how it ended; None: as long as it takes.
 
     `spin`: threads wait for work as torch's do by default, where nothing else is to run. Else they sleep: those that
-    spin while they wait would time each other, not the model.
+    spin while they wait would time each other, not the model. `kept`: with KEPT.
     """
-    env = {**({} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}), **os.environ}
+    env = {**({} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}), **os.environ, **(KEPT if kept else {})}
     command = [sys.executable, "-m", f"bench.{module}", *map(str, words)]
     try:
         limit = None if minutes is None else 60 * minutes

@@ -252,15 +252,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def time_table(rows: list[dict[str, Any]]) -> str:
-    """Return the step times at 100 % as Markdown."""
-    lines = ["| model | planned / plain loop | plain loop / itself | rounds |", "|---|---|---|---|"]
+def time_table(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
+    """Return the step times at 100 % as Markdown: with malloc as it is, and with malloc that keeps what is freed."""
+    titles = ("model", *2 * ("planned / plain loop", "plain loop / itself", "rounds"))
+    titles = (*titles[:4], *(f"memory kept: {t}" for t in titles[4:]))
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    also = {r["name"]: r for r in kept}
     for r in rows:
-        cells = (f"{x['median']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in (r["ratio"], r["null"]))
-        lines.append(f"| {r['name']} | {' | '.join(cells)} | {r['ratio']['pairs']} |")
-    mean = geometric([r["ratio"]["median"] for r in rows])
-    lines.append(f"\nGeometric mean of planned / plain loop: {mean:.3f}.")
+        cells = [r["name"], *_times(r), *(_times(also[r["name"]]) if r["name"] in also else ("", "", ""))]
+        lines.append("| " + " | ".join(cells) + " |")
+    means = [f"{geometric([r['ratio']['median'] for r in some]):.3f}" for some in (rows, kept) if some]
+    lines.append(f"\nGeometric mean of planned / plain loop: {', with memory kept '.join(means)}.")
     return "\n".join(lines)
+
+
+def _times(row: dict[str, Any]) -> tuple[str, str, str]:
+    ratio, null = (f"{x['median']:.2f} ({x['low']:.2f} to {x['high']:.2f})" for x in (row["ratio"], row["null"]))
+    return ratio, null, str(row["ratio"]["pairs"])
 
 
 def vocabulary_text(row: dict[str, Any]) -> str:
@@ -284,6 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="zoo models, or vocabulary (default: all)")
     parser.add_argument("--time", action="store_true", help="step times, not peaks")
+    parser.add_argument("--kept", action="store_true", help="with --time: malloc keeps what is freed")
     parser.add_argument("--seconds", type=float, default=30.0, help="of steps for each model, with --time")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds of solving")
     parser.add_argument("--minutes", type=float, default=20.0, help="for one model")
@@ -308,7 +317,7 @@ def measure_one(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Return the name of one model's row, and the row."""
     name = args.one
     if args.time:
-        return f"step_time_{name}", measure_time(name, args.seconds)
+        return f"step_{'kept' if args.kept else 'time'}_{name}", measure_time(name, args.seconds)
     if name == "vocabulary":
         return "step_vocabulary", measure_vocabulary(args.time_limit)
     return f"step_{name}", measure_model(name, args.time_limit, set(args.peers))
@@ -320,13 +329,13 @@ def run_all(args: argparse.Namespace) -> None:
     from models_zoo import MODELS
 
     given = ["--seconds", args.seconds, "--time-limit", args.time_limit, "--peers", *args.peers]
-    given += ["--time"] if args.time else []
+    given += [*(["--time"] if args.time else []), *(["--kept"] if args.kept else [])]
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
-        run_again("step", "--one", name, *given, minutes=args.minutes, spin=args.time)
-    rows, times = rows_of("step_", MODELS), rows_of("step_time_", MODELS)
+        run_again("step", "--one", name, *given, minutes=args.minutes, spin=args.time, kept=args.kept)
+    rows, times = rows_of("step_", MODELS), [rows_of(f"step_{kind}_", MODELS) for kind in ("time", "kept")]
     blocks = {
         "step table": table(rows) if rows else "",
-        "step time": time_table(times) if times else "",
+        "step time": time_table(*times) if times[0] else "",
         "step vocabulary": "\n".join(vocabulary_text(r) for r in rows_of("step_", ["vocabulary"])),
     }
     for block, text in blocks.items():

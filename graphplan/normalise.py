@@ -11,6 +11,7 @@ from torch import fx, nn
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
 from graphplan.strides import mend_strides
+from graphplan.sums import merge_sums
 from graphplan.views import merge_copies, merge_views, view_readers
 
 aten = torch.ops.aten
@@ -33,6 +34,7 @@ def normalise(
     graph = module.graph
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
+    merge_sums(graph, interface)
     mend_strides(graph)
     _mend_whole_dropout(graph)
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))

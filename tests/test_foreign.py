@@ -6,7 +6,7 @@ CI runs a few, `make foreign` all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,5 +115,5 @@ def test_steps_train_as_plain_pytorch_does(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_one_graph_cannot_hold_is_refused_with_the_reason(name: str) -> None:
     model, inputs = REFUSED[name]()
-    with pytest.raises((graphplan.CaptureError, graphplan.UnsupportedModel), match="autograd.Function|this line"):
+    with pytest.raises((graphplan.CaptureError, graphplan.UnsupportedModel), match=r"autograd\.Function|this line"):
         graphplan.optimize(model, "100%", inputs, loss_fn=loss_of)
