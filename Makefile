@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Most of a test is Python on one core: two processes, and whoever is done first takes over from the other.
 TWICE := --numprocesses 2 --dist worksteal
 
-.PHONY: help demo test test-all lint bench fuzz clean
+.PHONY: help demo test test-all lint bench foreign fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,7 +38,7 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.full --write README.md
 	$(BIN)/python -m bench.demo --write README.md
 	$(BIN)/pip install --quiet --no-deps ckptplan==0.1.0rc1
-	$(BIN)/python -m bench.executed gpt resnet18 mobilenet_v2 vit bert unet densenet121 --minutes 30
+	$(BIN)/python -m bench.executed gpt resnet18 mobilenet_v2 vit bert unet densenet121 resnet50 lstm vgg16_bn mlp --minutes 30
 	$(BIN)/python -m bench.solver_lane
 	$(BIN)/pytest bench/test_speed.py --benchmark-autosave
 	$(BIN)/python -m bench.report
@@ -49,10 +49,14 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.accuracy --write docs/codecs.md
 	$(BIN)/python -m bench.step --write docs/step.md
 	$(BIN)/python -m bench.step --time --write docs/step.md
+	$(BIN)/python -m bench.step --time --kept --write docs/step.md
 	$(BIN)/python -m bench.caps --write docs/federated.md
 	$(BIN)/python -m bench.fleet_plans --write docs/federated.md
 	$(BIN)/python -m bench.federated
 	$(BIN)/python -m bench.federated --write docs/federated.md
+
+foreign: $(READY)  ## a hundred models of transformers: bytes, gradients and steps against plain PyTorch
+	$(BIN)/pytest tests/test_foreign.py $(TWICE)
 
 fuzz: $(READY)  ## 10,000 random problems through every solver
 	FUZZ=10000 $(BIN)/pytest tests/solvers/test_fuzz.py --timeout 0

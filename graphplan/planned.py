@@ -75,7 +75,7 @@ class PlannedModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
-        key = (call_key(template, tensors), self._state.read(self))
+        key = (call_key(template, tensors), self._state.read(self._model))
         step = self._planner.entry(key, lambda: self._source(args, kwargs)).step
         self.step_number += 1
         if self._awaited() is not None:
@@ -180,7 +180,7 @@ class PlannedModule(nn.Module):
         if not self.training:
             raise GraphplanError("the model is in evaluation mode, which runs unplanned: call .train() first")
         template, tensors = flatten_call(args, kwargs)
-        return (call_key(template, tensors), self._state.read(self))
+        return (call_key(template, tensors), self._state.read(self._model))
 
 
 def _build(captured: Capture, prepared: Prepared, plan: Plan) -> Step:

@@ -49,7 +49,7 @@ class ModelState:
         Of every module its kind and mode; of torch's own also their numbers, as a dropout's `p` (others' may count).
         """
         modules = [m for owner in owners if isinstance(owner, nn.Module) for m in _modules(owner)]
-        if modules != self._modules:
+        if [id(m) for m in modules] != [id(m) for m in self._modules]:  # a module may have an == of its own
             self._modules, self._key, self.find = modules, None, lookup(self._model)
         try:
             parts = self._parts()

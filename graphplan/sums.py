@@ -33,7 +33,7 @@ def merge_sums(graph: fx.Graph, interface: Interface) -> None:
     returned = {n for n in (*interface.forward_results(), *interface.gradients) if n is not None}
     for whole in list(graph.nodes):
         found = _sums(whole)
-        if found is not None:
+        if found is not None and _pays(found[0], returned):
             _merge(graph, interface, returned, whole, *found)
 
 
@@ -47,7 +47,7 @@ def _sums(whole: fx.Node) -> tuple[list[tuple[fx.Node, _Part]], _Part] | None:
     others: list[_Part] = []
     for node, part in ordered:
         total = next(iter(node.users)) if len(node.users) == 1 else None
-        if total is None or total.target is not aten.add.Tensor or total.kwargs or len(total.all_input_nodes) != 2:
+        if total is None or not _is_sum(total) or total.kwargs or len(total.all_input_nodes) != 2:
             return None
         other = _part(next(n for n in total.all_input_nodes if n is not node))
         if other is None or other.whole is whole or not _alike(total):
@@ -61,6 +61,18 @@ def _sums(whole: fx.Node) -> tuple[list[tuple[fx.Node, _Part]], _Part] | None:
     if not covers or not _follow(others) or first.dim != dim or last.stop - first.start != size:
         return None
     return sums, _Part(first.whole, first.dim, first.start, last.stop)
+
+
+def _pays(sums: list[tuple[fx.Node, _Part]], returned: set[fx.Node]) -> bool:
+    """Return whether most of what is summed goes into further sums: the rest is copied out."""
+    inside = [
+        part.stop - part.start for total, part in sums if total not in returned and all(map(_is_sum, total.users))
+    ]
+    return 2 * sum(inside) >= sums[-1][1].stop
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor
 
 
 def _merge(
@@ -82,8 +94,7 @@ def _merge(
     for total, part in sums:
         with graph.inserting_before(total):
             piece = _slice(graph, _Part(merged, part.dim, part.start, part.stop), total)
-        again = {u for u in total.users if u.target is aten.add.Tensor and u.op != "output"}
-        total.replace_all_uses_with(piece, delete_user_cb=again.__contains__)
+        total.replace_all_uses_with(piece, delete_user_cb=_is_sum)
         if total.users or total in returned:
             with graph.inserting_before(total):
                 copy = graph.call_function(aten.clone.default, (piece,))
@@ -97,15 +108,14 @@ def _part(node: fx.Node) -> _Part | None:
     """Return what a slice of step one holds."""
     if node.target is not aten.slice.Tensor or node.kwargs or not 4 <= len(node.args) <= 5:
         return None
-    whole, dim, start, stop, *step = node.args
-    if (
-        not isinstance(whole, fx.Node)
-        or not all(isinstance(a, int) for a in (dim, start, stop))
-        or step not in ([], [1])
-    ):
+    whole, dim, start, stop = node.args[:4]
+    if not isinstance(whole, fx.Node) or node.args[4:] not in ((), (1,)):
         return None
-    size = whole.meta["val"].shape[dim]
-    return _Part(whole, dim % whole.meta["val"].dim(), *(min(a + size if a < 0 else a, size) for a in (start, stop)))
+    if not (isinstance(dim, int) and isinstance(start, int) and isinstance(stop, int)):
+        return None
+    size, value = whole.meta["val"].shape[dim], whole.meta["val"]
+    first, last = (min(a + size if a < 0 else a, size) for a in (start, stop))
+    return _Part(whole, dim % value.dim(), first, last)
 
 
 def _follow(parts: list[_Part]) -> bool:

@@ -13,6 +13,7 @@ from graphplan.codecs import choose_codecs
 from graphplan.instructions import Instructions, instructions_of
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.state import lookup
 
 
 def conv_net() -> nn.Module:
@@ -94,6 +95,6 @@ def gradients(captured: Capture, instructions: Instructions, steps: list[str], m
     step = Step.of(captured, rewrite(captured.graph, instructions, steps))
     model.zero_grad()
     torch.manual_seed(3)
-    y = step.run(model, [x])
+    y = step.run(lookup(model), [x])
     y.sin().sum().backward()
     return y.detach(), {n: p.grad for n, p in model.named_parameters()}

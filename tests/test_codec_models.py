@@ -19,6 +19,7 @@ from graphplan.codecs import CODECS, choose_codecs
 from graphplan.instructions import Instruction, Instructions, instructions_of
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
+from graphplan.state import lookup
 from models_zoo import MODELS
 
 
@@ -147,7 +148,7 @@ def gradients(captured: Capture, instructions: Instructions, steps: list[str], m
     model.zero_grad()
     x = x.detach().requires_grad_(True)
     torch.manual_seed(3)
-    loss = step.run(model, [x]).sin().sum()
+    loss = step.run(lookup(model), [x]).sin().sum()
     loss.backward()
     model.load_state_dict(before)
     return [loss.detach(), x.grad, *(p.grad for p in model.parameters())]
@@ -200,7 +201,7 @@ def test_zoo_models_with_every_codec_in_force(name: str, form: str) -> None:
         model.zero_grad()
         torch.manual_seed(3)
         step = Step.of(captured, rewrite(captured.graph, instructions, steps))
-        outputs = step.run(model, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)])
+        outputs = step.run(lookup(model), [x for x in tree_leaves(inputs) if isinstance(x, Tensor)])
         entry.loss(outputs, example.targets).backward()
         buffers = [b.clone() for b in model.buffers()]
         return [*(t.detach() for t in tree_leaves(outputs)), *(p.grad for p in model.parameters()), *buffers]

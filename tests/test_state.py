@@ -106,3 +106,12 @@ def test_a_step_trains_the_parameters_that_the_model_has_now() -> None:
     optimizer.param_groups[0]["params"] = list(model.parameters())
     step(x, y)
     assert model[2].weight.abs().sum() > 0
+
+
+def test_a_number_of_the_model_itself_counts() -> None:
+    """Where the model is one of torch's own modules, a changed setting was not seen, and the old one ran on."""
+    model, x = nn.LayerNorm(8), torch.randn(4, 8)
+    planned = graphplan.optimize(model, "100%", x)
+    assert torch.equal(planned(x), model(x))
+    model.eps = 1.0
+    assert torch.equal(planned(x), model(x))

@@ -20,16 +20,18 @@ Trial = Callable[[torch.device], tuple[Tensor, ...]]  # arguments to try a kerne
 
 
 @cache
-def compiled(kernel: Kernel, trial: Trial, device: torch.device) -> Kernel | None:
+def compiled(kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel | None = None) -> Kernel | None:
     """Return `kernel` compiled for the sizes and dtypes of `trial`; None where that is not to be had.
 
+    With `plain`, a kernel of the same results that runs better without a compiler, for any sizes of the same dtypes.
     A compiler that fails, or compiles something else, is reported once as a RuntimeWarning. One that fails later gives
-    way to the kernel itself, which writes all its results again.
+    way to the kernel itself (or `plain`), which writes all its results again.
     """
     if not has_compiler(device):
         return None
-    # Of one size only: guards on sizes and offsets that are free to change run into a limit of recompilations.
-    made: Any = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
+    # Of one size only, if it is called with views: guards on their offsets run into a limit of recompilations.
+    made: Any = torch.compile(_alone(kernel), dynamic=plain is not None, fullgraph=True)
+    kernel = plain or kernel
     expected, found = trial(device), trial(device)
     try:
         expected = (*expected, *(kernel(*expected) or ()))

@@ -85,7 +85,7 @@ def encode(
     """
     place, table = seed % SPAN, noise_table(packed.device)
     codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
-    for start, stop, kernel in _stretches(numel, "encode", bits, dtype, packed.device, blocks, ahead or AHEAD):
+    for start, stop, kernel in _stretches(numel, bits, dtype, packed.device, blocks, ahead or AHEAD):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
@@ -117,38 +117,52 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
 
 
 def decodings(
-    packed: Tensor, numel: int, bits: int, dtype: torch.dtype, blocks: Sequence[int] | None = None
+    packed: Tensor, numel: int, bits: int, dtype: torch.dtype, most: int | None = None
 ) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
     """Yield (start, stop, what writes these elements and those that fill up their last group to memory of `dtype`).
 
-    `blocks`: what may be compiled, where pieces are to be small because the caller holds what is written.
+    `most`: so many elements at a time, of whole groups, where the caller holds what is written. Else a compiled kernel,
+    which to float32 holds nothing beside, writes all whole groups in one call.
     """
-    parts = _parts(packed, numel, bits)
-    ahead = PIECE_OF_BYTES if blocks is None and dtype is torch.float32 else PIECE
-    blocks = _decode_blocks(bits, dtype) if blocks is None else blocks
-    for start, stop, kernel in _stretches(numel, "decode", bits, dtype, packed.device, blocks, ahead):
-        own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
-        yield start, stop, partial(_decode_to, kernel, own)
+    parts, plain = _parts(packed, numel, bits), _kernel("decode", bits)
+    ahead = PIECE_OF_BYTES if most is None and dtype is torch.float32 else PIECE
+    fast, whole = _fast_decode(numel, bits, dtype, packed.device), numel // GROUP * GROUP
+    most = most or (whole if dtype is torch.float32 else FAST_BLOCKS[0])
+    stretches = [(0, whole, most, fast), (whole, numel, ahead, plain)] if fast else [(0, numel, ahead, plain)]
+    for begin, end, size, kernel in stretches:
+        for start in range(begin, end, size):
+            stop = min(start + size, end)
+            own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
+            yield start, stop, partial(_decode_to, kernel, own)
 
 
 def _decode_to(kernel: Kernel, parts: Sequence[Tensor], out: Tensor) -> None:
     kernel(*parts, out.view(-1, GROUP))
 
 
+def _fast_decode(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """Return the compiled kernel for any number of groups. For a tensor of one chunk, compiling does not pay."""
+    if numel <= CHUNK or bits == HALF:
+        return None
+    plain = _kernel("decode", bits)
+    kernel = _at_once(bits) if dtype is torch.float32 else plain  # narrower: NaNs would be other ones
+    return compiled(kernel, _trial("decode", bits, dtype, FAST_BLOCKS[-1]), device, plain)
+
+
 def _stretches(
-    numel: int, half: str, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], ahead: int
+    numel: int, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], ahead: int
 ) -> Iterator[tuple[int, int, Kernel]]:
-    """Cut a tensor into what one call works on: `ahead` elements, or with a compiler blocks of its sizes first.
+    """Cut a tensor into what one encode works on: `ahead` elements, or with a compiler blocks of its sizes first.
 
     A compiled kernel keeps less beside its results.
     """
-    kernel, start = _kernel(half, bits), 0
+    kernel, start = _kernel("encode", bits), 0
     for block in _compiled_blocks(numel, blocks):
-        fast = compiled(kernel, _trial(half, bits, dtype, block), device)
+        fast = compiled(kernel, _trial("encode", bits, dtype, block), device)
         while fast is not None and start + block <= numel:
             yield start, start + block, fast
             start += block
-    plain, size = _plain(half, bits), PIECE if bits == HALF else ahead
+    plain, size = _plain_encode(bits), PIECE if bits == HALF else ahead
     whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
     for begin in range(start, whole, size):
         yield begin, min(begin + size, whole), plain
@@ -164,12 +178,16 @@ def _kernel(half: str, bits: int) -> Kernel:
     return lambda *args: kernel(*args, bits)
 
 
-def _plain(half: str, bits: int) -> Kernel:
-    """Return the kernel as it runs without a compiler, with the same results."""
-    if half == "decode" or bits == HALF:
-        return _kernel(half, bits)
-    kernel: Kernel = _encode_in_pieces
+@cache
+def _at_once(bits: int) -> Kernel:
+    kernel: Kernel = _decode_at_once
     return lambda *args: kernel(*args, bits)
+
+
+def _plain_encode(bits: int) -> Kernel:
+    """Return the kernel as it runs without a compiler, with the same results."""
+    kernel: Kernel = _encode_in_pieces
+    return _kernel("encode", bits) if bits == HALF else lambda *args: kernel(*args, bits)
 
 
 @cache
@@ -196,16 +214,9 @@ def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
 
 def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what `quantise` and `dequantise` of up to `numel` elements run, where a compiler stands."""
-    for half, blocks in (("encode", FAST_BLOCKS), ("decode", _decode_blocks(bits, dtype))):
-        for block in _compiled_blocks(numel, blocks):
-            compiled(_kernel(half, bits), _trial(half, bits, dtype, block), device)
-
-
-def _decode_blocks(bits: int, dtype: torch.dtype) -> Sequence[int]:
-    """Bytes are decoded in one pass with nothing held beside: a block may be large. Narrower codes may hold some."""
-    if bits == HALF:
-        return ()
-    return (16 * CHUNK, *FAST_BLOCKS) if bits == 8 and dtype is torch.float32 else FAST_BLOCKS
+    for block in _compiled_blocks(numel, FAST_BLOCKS):
+        compiled(_kernel("encode", bits), _trial("encode", bits, dtype, block), device)
+    _fast_decode(numel, bits, dtype, device)
 
 
 def _compiled_blocks(numel: int, blocks: Sequence[int]) -> list[int]:
@@ -287,6 +298,14 @@ def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) ->
         part = codes >> (bits * i) if i > 0 else codes
         parts[:, i] = part & mask if i < each - 1 else part
     out.mul_(step[:, None]).add_(low[:, None])
+
+
+def _decode_at_once(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
+    """Do what `_decode` does, as one loop for a compiler: run as it stands it would hold every intermediate result."""
+    each = 8 // bits
+    shifts = torch.arange(each, dtype=torch.int32, device=codes.device).mul(bits)[None, :, None]
+    code = (codes.int()[:, None] >> shifts) & ((1 << bits) - 1)
+    out.copy_((code.float() * step[:, None, None] + low[:, None, None]).view(-1, GROUP))
 
 
 def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:

@@ -103,7 +103,7 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
 
 def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor) -> None:
     """Write grad (n,) times the derivatives packed to out (n,), which may be grad."""
-    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, BLOCKS):
+    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, BLOCKS[0]):
         slopes = torch.empty(-(-(stop - start) // GROUP) * GROUP, device=packed.device)
         decode(slopes)
         slopes = slopes[: stop - start]
