@@ -189,15 +189,15 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's codes are those of the kernels themselves, to the bit; a wrong compiler is not believed."""
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no compiler")
-    large, chunk = group.FAST_BLOCKS[0], functions.CHUNK
+    chunk, span, most = functions.CHUNK, group.SPAN, group.MOST
     sizes = (
-        3 * chunk + 1001,
         chunk + 1,
-        *range(large - 1, large + 2),
-        2 * large,
-        2 * large + chunk,
-        3 * large + 7,
-        16 * chunk + 5,
+        chunk + span,
+        3 * chunk + 1001,
+        *range(2 * chunk - 1, 2 * chunk + 2),
+        most + span,
+        most + 256,
+        most + 7,
     )
     dtypes = [torch.float32] * len(sizes) + ([torch.bfloat16] if bits != HALF else [])
     for size, dtype in zip((*sizes, sizes[0]), dtypes, strict=False):
@@ -215,7 +215,7 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32, 1 << 14)
+    kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32)
 
     def wrong(made: Any, **options: Any) -> Any:
         def run(x: Tensor, seed: Tensor, codes: Tensor) -> Any:
@@ -234,9 +234,9 @@ def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> No
     for compiler, words in ((wrong, "differ"), (broken, "no such instruction")):
         monkeypatch.setattr(torch, "compile", compiler)
         with pytest.warns(RuntimeWarning, match=words):
-            assert compiled.__wrapped__(kernel, trial, torch.device("cpu")) is None
+            assert compiled.__wrapped__(kernel, trial, torch.device("cpu"), kernel) is None
     monkeypatch.setattr(torch, "compile", lambda made, **options: made)
-    fast = compiled.__wrapped__(kernel, trial, torch.device("cpu"))
+    fast = compiled.__wrapped__(kernel, trial, torch.device("cpu"), kernel)
     x, seed, codes = trial(torch.device("cpu"))
     least, *_ = kernel(x, seed, codes)
     fast.run = broken(None)  # later, in the middle of a step

@@ -7,7 +7,8 @@ first use. Inductor's narrow integers have been wrong before (pytorch issues 105
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -20,29 +21,32 @@ Trial = Callable[[torch.device], tuple[Tensor, ...]]  # arguments to try a kerne
 
 
 @cache
-def compiled(kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel | None = None) -> Kernel | None:
-    """Return `kernel` compiled for the sizes and dtypes of `trial`; None where that is not to be had.
+def compiled(kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel) -> Kernel | None:
+    """Return `kernel` compiled for the dtypes and sizes of `trial`; None where that is not to be had.
 
-    With `plain`, a kernel of the same results that runs better without a compiler, for any sizes of the same dtypes.
-    A compiler that fails, or compiles something else, is reported once as a RuntimeWarning. One that fails later gives
-    way to the kernel itself (or `plain`), which writes all its results again.
+    Only the length of its first argument, and of those that are as long, may be another.
+    `plain` has the same results, and runs better without a compiler. A compiler that fails, or compiles something
+    else, is reported once as a RuntimeWarning. One that fails later gives way to `plain`, which begins again.
     """
     if not has_compiler(device):
         return None
-    # Of one size only, if it is called with views: guards on their offsets run into a limit of recompilations.
-    made: Any = torch.compile(_alone(kernel), dynamic=plain is not None, fullgraph=True)
-    kernel = plain or kernel
+    # Nothing else is free to change: guards on more run into a limit of recompilations.
+    made: Any = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
     expected, found = trial(device), trial(device)
+    for tensor in found:
+        if len(tensor) == len(found[0]):
+            torch._dynamo.mark_dynamic(tensor, 0)
     try:
-        expected = (*expected, *(kernel(*expected) or ()))
-        found = (*found, *(made(*found) or ()))
+        expected = (*expected, *(plain(*expected) or ()))
+        with _as_an_op():
+            found = (*found, *(made(*found) or ()))
     except Exception as e:  # noqa: BLE001 - whatever the compiler's reason, the kernel itself runs
         _warn(kernel, f"{type(e).__name__}: {e}")
         return None
     if not all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(expected, found, strict=True)):
         _warn(kernel, "its results differ from the kernel's own")
         return None
-    return _Falling(made, kernel)
+    return _Falling(made, plain)
 
 
 class _Falling:
@@ -53,13 +57,21 @@ class _Falling:
 
     def __call__(self, *args: Any) -> Any:
         try:
-            return self.run(*args)
+            with _as_an_op():
+                return self.run(*args)
         except Exception as e:  # a step that trains is not to end because of a compiler
             if self.run is self.kernel:
                 raise
             _warn(self.kernel, f"{type(e).__name__}: {e}")
             self.run = self.kernel
             return self.kernel(*args)
+
+
+@contextmanager
+def _as_an_op() -> Iterator[None]:
+    """What is compiled is for one state of autograd's: that inside an op, where kernels are called."""
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 def _alone(kernel: Kernel) -> Kernel:

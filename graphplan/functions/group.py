@@ -28,13 +28,14 @@ from graphplan.functions.register import registered
 GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-FAST_BLOCKS = (2 * CHUNK, 3 * (1 << 15))  # elements that compiled kernels work on, largest first: exactly so many
 SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
 # What kernels work on as they are: all that they hold is less than a chunk in float32, and calls are few.
 PIECE = 3 * SPAN
 PIECE_IN_PLACE = 6 * SPAN  # holding no more than each element once, in float32
 PIECE_OF_BYTES = 28 * SPAN  # half of an element in bytes twice
 AHEAD = 8 * CHUNK  # whose groups' ends are found at once
+MOST = 32 * CHUNK  # elements that a compiled encode works on: what it holds of each group is two thirds of a chunk
+MOST_NARROW = 2 * CHUNK  # of a compiled decode to less than float32, which holds what it decodes
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -75,17 +76,18 @@ def encode(
     seed: int,
     load: Callable[[int, int], Tensor],
     dtype: torch.dtype,
-    blocks: Sequence[int] = FAST_BLOCKS,
-    ahead: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Write the code of `numel` elements to packed (quantised_bytes,).
 
-    `load(start, stop)` returns elements in `dtype`; `seed` says where the noise begins, `blocks` what may be compiled,
-    `ahead` how many are loaded at a time elsewhere (None: AHEAD): what `load` makes is held beside.
+    `load(start, stop)` returns elements in `dtype`, at most `most` of them (None: as many as the kernel likes): what it
+    makes is held beside. `seed` says where the noise begins.
     """
     place, table = seed % SPAN, noise_table(packed.device)
     codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
-    for start, stop, kernel in _stretches(numel, bits, dtype, packed.device, blocks, ahead or AHEAD):
+    for start, stop, kernel in _stretches(
+        "encode", numel, bits, dtype, packed.device, most or MOST, PIECE if bits == HALF else most or AHEAD
+    ):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
         if bits == HALF:
@@ -124,50 +126,39 @@ def decodings(
     `most`: so many elements at a time, of whole groups, where the caller holds what is written. Else a compiled kernel,
     which to float32 holds nothing beside, writes all whole groups in one call.
     """
-    parts, plain = _parts(packed, numel, bits), _kernel("decode", bits)
-    ahead = PIECE_OF_BYTES if most is None and dtype is torch.float32 else PIECE
-    fast, whole = _fast_decode(numel, bits, dtype, packed.device), numel // GROUP * GROUP
-    most = most or (whole if dtype is torch.float32 else FAST_BLOCKS[0])
-    stretches = [(0, whole, most, fast), (whole, numel, ahead, plain)] if fast else [(0, numel, ahead, plain)]
-    for begin, end, size, kernel in stretches:
-        for start in range(begin, end, size):
-            stop = min(start + size, end)
-            own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
-            yield start, stop, partial(_decode_to, kernel, own)
+    parts, wide = _parts(packed, numel, bits), dtype is torch.float32
+    ahead = PIECE_OF_BYTES if most is None and wide else PIECE
+    most = most or (max(numel, GROUP) if wide else MOST_NARROW)
+    for start, stop, kernel in _stretches("decode", numel, bits, dtype, packed.device, most, ahead):
+        own = [part[start // GROUP : -(-stop // GROUP)] for part in parts]
+        yield start, stop, partial(_decode_to, kernel, own)
 
 
 def _decode_to(kernel: Kernel, parts: Sequence[Tensor], out: Tensor) -> None:
     kernel(*parts, out.view(-1, GROUP))
 
 
-def _fast_decode(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
-    """Return the compiled kernel for any number of groups. For a tensor of one chunk, compiling does not pay."""
-    if numel <= CHUNK or bits == HALF:
-        return None
-    plain = _kernel("decode", bits)
-    kernel = _at_once(bits) if dtype is torch.float32 else plain  # narrower: NaNs would be other ones
-    return compiled(kernel, _trial("decode", bits, dtype, FAST_BLOCKS[-1]), device, plain)
-
-
 def _stretches(
-    numel: int, bits: int, dtype: torch.dtype, device: torch.device, blocks: Sequence[int], ahead: int
+    half: str, numel: int, bits: int, dtype: torch.dtype, device: torch.device, most: int, ahead: int
 ) -> Iterator[tuple[int, int, Kernel]]:
-    """Cut a tensor into what one encode works on: `ahead` elements, or with a compiler blocks of its sizes first.
+    """Cut a tensor into what one call works on: at most `most` elements with a compiled kernel, else `ahead`."""
+    plain, fast = _plain(half, bits), _fast(half, numel, bits, dtype, device)
+    unit = SPAN if half == "encode" else GROUP  # a kernel's noise is a whole span, or less than one
+    whole = numel // unit * unit
+    # A first dimension of one would be compiled anew.
+    end = 0 if fast is None else whole - (unit if whole % most == unit else 0)
+    for first, last, size, kernel in ((0, end, most, fast), (end, whole, ahead, plain), (whole, numel, ahead, plain)):
+        for start in range(first, last, size):
+            yield start, min(start + size, last), kernel or plain
 
-    A compiled kernel keeps less beside its results.
-    """
-    kernel, start = _kernel("encode", bits), 0
-    for block in _compiled_blocks(numel, blocks):
-        fast = compiled(kernel, _trial("encode", bits, dtype, block), device)
-        while fast is not None and start + block <= numel:
-            yield start, start + block, fast
-            start += block
-    plain, size = _plain_encode(bits), PIECE if bits == HALF else ahead
-    whole = numel // SPAN * SPAN  # a kernel's noise is a whole span, or less than one
-    for begin in range(start, whole, size):
-        yield begin, min(begin + size, whole), plain
-    for begin in range(max(start, whole), numel, size):
-        yield begin, min(begin + size, numel), plain
+
+def _fast(half: str, numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """Return the compiled kernel, for any number of spans or groups. For a tensor of one chunk it does not pay."""
+    if numel <= CHUNK or (half == "decode" and bits == HALF):
+        return None
+    # To less than float32 NaNs would be other ones.
+    kernel = _at_once(bits) if half == "decode" and dtype is torch.float32 else _kernel(half, bits)
+    return compiled(kernel, _trial(half, bits, dtype), device, _plain(half, bits))
 
 
 @cache
@@ -184,16 +175,21 @@ def _at_once(bits: int) -> Kernel:
     return lambda *args: kernel(*args, bits)
 
 
-def _plain_encode(bits: int) -> Kernel:
-    """Return the kernel as it runs without a compiler, with the same results."""
+@cache
+def _in_pieces(bits: int) -> Kernel:
     kernel: Kernel = _encode_in_pieces
-    return _kernel("encode", bits) if bits == HALF else lambda *args: kernel(*args, bits)
+    return lambda *args: kernel(*args, bits)
+
+
+def _plain(half: str, bits: int) -> Kernel:
+    """Return the kernel as it runs without a compiler, with the same results."""
+    return _kernel(half, bits) if half == "decode" or bits == HALF else _in_pieces(bits)
 
 
 @cache
-def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
+def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
     """Return arguments to compare compiled kernels on: ordinary groups, wide, constant and tiny ones, and a NaN."""
-    groups = block // GROUP
+    groups = 3 * SPAN // GROUP
 
     def arguments(device: torch.device) -> tuple[Tensor, ...]:
         random = torch.Generator().manual_seed(0)
@@ -214,14 +210,8 @@ def _trial(half: str, bits: int, dtype: torch.dtype, block: int) -> Trial:
 
 def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what `quantise` and `dequantise` of up to `numel` elements run, where a compiler stands."""
-    for block in _compiled_blocks(numel, FAST_BLOCKS):
-        compiled(_kernel("encode", bits), _trial("encode", bits, dtype, block), device)
-    _fast_decode(numel, bits, dtype, device)
-
-
-def _compiled_blocks(numel: int, blocks: Sequence[int]) -> list[int]:
-    """For a tensor of one chunk, compiling does not pay."""
-    return [block for block in blocks if CHUNK < numel >= block]
+    for half in ("encode", "decode"):
+        _fast(half, numel, bits, dtype, device)
 
 
 def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +295,8 @@ def _decode_at_once(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits:
     each = 8 // bits
     shifts = torch.arange(each, dtype=torch.int32, device=codes.device).mul(bits)[None, :, None]
     code = (codes.int()[:, None] >> shifts) & ((1 << bits) - 1)
-    out.copy_((code.float() * step[:, None, None] + low[:, None, None]).view(-1, GROUP))
+    # In the code's three dimensions: over two, a compiler finds no vectors.
+    out.view(-1, each, GROUP // each).copy_(code.float() * step[:, None, None] + low[:, None, None])
 
 
 def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:

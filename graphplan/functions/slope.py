@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.bits import in_storage_order, memory_order
-from graphplan.functions.group import FAST_BLOCKS, GROUP, SPAN, decodings, encode, mix, quantised_bytes
+from graphplan.functions.group import GROUP, SPAN, decodings, encode, mix, quantised_bytes
 from graphplan.functions.register import derived, registered
 
 aten = torch.ops.aten
-BLOCKS = FAST_BLOCKS[-1:]  # of compiled kernels: derivatives stand beside the code
+MOST = 3 * SPAN  # elements at a time: derivatives stand beside the code
 # f'(x) as (a gradient of ones, x, constants) where x is what the backward reads
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda one, x: aten.gelu_backward(one, x),
@@ -53,7 +53,7 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
         one = torch.ones((), device=x.device).expand(stop - start)
         return SLOPES[function](one, flat[start:stop].float(), *consts)
 
-    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, BLOCKS, 3 * SPAN)
+    encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, MOST)
     return packed
 
 
@@ -103,7 +103,7 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
 
 def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor) -> None:
     """Write grad (n,) times the derivatives packed to out (n,), which may be grad."""
-    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, BLOCKS[0]):
+    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, MOST):
         slopes = torch.empty(-(-(stop - start) // GROUP) * GROUP, device=packed.device)
         decode(slopes)
         slopes = slopes[: stop - start]
