@@ -214,6 +214,22 @@ def test_compiled_kernels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(back.view(torch.int16), again.view(torch.int16))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_is_compiled_after_the_warm_up(bits: int) -> None:
+    """It was compiled anew at its first call inside an op, in the middle of a step."""
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("no compiler")
+    largest = 9 * functions.CHUNK
+    functions.warm_up(largest, bits, torch.float32, torch.device("cpu"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in (largest, 2 * functions.CHUNK + 17, 3 * functions.CHUNK + group.SPAN):
+        x = torch.randn(size)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                ops.dequantise(ops.quantise(x, bits, 3, 4), bits, x.shape, x.stride(), x.dtype)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
 def test_a_wrong_compiler_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, trial = group._kernel("encode", 8), group._trial("encode", 8, torch.float32)
 
