@@ -65,7 +65,6 @@ FOREIGN: dict[str, Callable[[], Made]] = {
     "convbert": text("ConvBertForMaskedLM", embedding_size=32),
     "squeezebert": text("SqueezeBertForMaskedLM", embedding_size=64),
     "mpnet": text("MPNetForMaskedLM"),
-    "ibert": text("IBertForMaskedLM", max_position_embeddings=64),
     "modernbert": text("ModernBertForMaskedLM", attn_implementation="sdpa", cls_token_id=1, sep_token_id=2),
     "perceiver": given(
         "PerceiverForMaskedLM",
@@ -321,6 +320,7 @@ FOREIGN: dict[str, Callable[[], Made]] = {
 
 # What stops them: `if` on a tensor's value, layers drawn by torch's random numbers, an autograd.Function of their own.
 REFUSED: dict[str, Callable[[], Made]] = {
+    "ibert": text("IBertForMaskedLM", max_position_embeddings=64),
     "longformer": text("LongformerForMaskedLM", attention_window=8, max_position_embeddings=66),
     "nystromformer": text("NystromformerForMaskedLM", segment_means_seq_len=32, num_landmarks=8),
     "yoso": text("YosoForMaskedLM", use_expectation=True),
