@@ -86,17 +86,6 @@ FOREIGN: dict[str, Callable[[], Made]] = {
     "pegasus": text("PegasusForConditionalGeneration", **TWO_SIDED),
     "m2m_100": text("M2M100ForConditionalGeneration", **TWO_SIDED, encoder_layerdrop=0.0, decoder_layerdrop=0.0),
     "blenderbot": text("BlenderbotForConditionalGeneration", **TWO_SIDED),
-    "prophetnet": text(
-        "ProphetNetForConditionalGeneration",
-        num_hidden_layers=...,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        num_encoder_attention_heads=4,
-        num_decoder_attention_heads=4,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
-        max_position_embeddings=64,
-    ),
     # images
     "resnet": image(
         "ResNetForImageClassification",
@@ -318,10 +307,21 @@ FOREIGN: dict[str, Callable[[], Made]] = {
     "chinese_clip": pair("ChineseCLIPModel"),
 }
 
-# What stops them: `if` on a tensor's value, layers drawn by torch's random numbers, an autograd.Function of their own.
+# What stops them: a Python value asked of a tensor (`if`, `assert`, `int`), or an autograd.Function of their own.
 REFUSED: dict[str, Callable[[], Made]] = {
     "ibert": text("IBertForMaskedLM", max_position_embeddings=64),
     "longformer": text("LongformerForMaskedLM", attention_window=8, max_position_embeddings=66),
     "nystromformer": text("NystromformerForMaskedLM", segment_means_seq_len=32, num_landmarks=8),
+    "prophetnet": text(
+        "ProphetNetForConditionalGeneration",
+        num_hidden_layers=...,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_position_embeddings=64,
+    ),
     "yoso": text("YosoForMaskedLM", use_expectation=True),
 }
