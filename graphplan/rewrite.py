@@ -237,9 +237,10 @@ def _halves(
     backward = fx.Graph()
     for node in saved:
         env[node] = backward.placeholder(f"saved_{node.name}")
-    for node in nodes[:cut]:
-        if node.name in tangents:
-            env[node] = backward.placeholder(node.name)
+    placed = {n.name: n for n in nodes[:cut]}
+    for name in graph.tangents:  # in the order of the outputs, as they are given: in the graph those of bases come last
+        if name is not None:
+            env[placed[name]] = backward.placeholder(name)
     for node in (*again, *late):
         env[node] = backward.node_copy(node, env.__getitem__)
     backward.output(tuple(env[n] if isinstance(n, fx.Node) else None for n in results[outputs:]))

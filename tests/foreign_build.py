@@ -68,7 +68,7 @@ def text(model: str, *, length: int = 32, batch: int = 4, **settings: Any) -> Ca
 
 
 def image(model: str, side: int, batch: int = 4, *, labels: str = "classes", **settings: Any) -> Callable[[], Made]:
-    """A model of images; `labels` are classes, maps of 3 classes, depth maps, or none."""
+    """A model of images; `labels` are classes, maps of 3 classes, or none."""
 
     def make() -> Made:
         inputs: dict[str, Any] = {"pixel_values": pixels(batch, side)}
@@ -76,8 +76,6 @@ def image(model: str, side: int, batch: int = 4, *, labels: str = "classes", **s
             inputs["labels"] = classes(batch)
         elif labels == "maps":
             inputs["labels"] = torch.randint(0, 3, (batch, side, side), generator=torch.Generator().manual_seed(3))
-        elif labels == "depths":
-            inputs["labels"] = torch.rand(batch, side, side, generator=torch.Generator().manual_seed(3))
         counted = {"num_labels": 2 if labels == "classes" else 3} if labels in ("classes", "maps") else {}
         return build(model, {**SMALL, "image_size": side, **counted, **settings}), inputs
 

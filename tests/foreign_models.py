@@ -218,7 +218,7 @@ FOREIGN: dict[str, Callable[[], Made]] = {
         64,
         2,
         num_attention_heads=...,
-        labels="depths",
+        labels="none",
         hidden_sizes=[16, 32, 40, 64],
         depths=[1] * 4,
         decoder_hidden_size=16,
