@@ -97,9 +97,11 @@ def _run(node: fx.Node) -> Strides | None:
 
 def _bring(graph: fx.Graph, node: fx.Node, index: int, real: tuple[int, ...] | None) -> None:
     """Bring result `index` of `node`, which has `real` strides, into the traced ones, under its own name."""
+    if real is None:  # no tensor: a check, say
+        return
     several = isinstance(node.meta["val"], list | tuple)
     item = next((u for u in node.users if u.args[1] == index), None) if several else node
-    if item is None or real is None:
+    if item is None:
         return
     traced = item.meta["val"]
     same = all(a == b for a, b, n in zip(traced.stride(), real, traced.shape, strict=True) if n > 1)

@@ -21,7 +21,7 @@ class ViewsOfOne(nn.Module):
 
 
 def test_views_of_a_tensor_that_is_no_output_itself() -> None:
-    """Their gradients had changed places with the other outputs': errors, or wrong gradients where shapes were equal."""
+    """Their gradients had changed places with other outputs': errors, or wrong gradients where shapes were equal."""
     model, x = ViewsOfOne(), torch.randn(6, 6)
 
     def loss_of(outputs: tuple[Tensor, ...]) -> Tensor:

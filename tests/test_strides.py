@@ -93,3 +93,22 @@ def test_without_it_the_program_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = graphplan.optimize(Tokens("a view"), "100%", (torch.randn(3, 5, 8),))
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         planned(torch.randn(3, 5, 8))
+
+
+class Asserting(nn.Module):
+    """Has a check in its graph, an op without a result, of a tensor that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = self.inner(x).t()
+        torch.ops.aten._assert_tensor_metadata.default(turned, None, None, torch.float32)
+        return turned.sin()
+
+
+def test_an_op_without_a_result_is_passed_over() -> None:
+    model, x = Asserting(), torch.randn(5, 6)
+    planned = graphplan.optimize(model, "100%", x)
+    assert torch.equal(planned(x), model(x))
