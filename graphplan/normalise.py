@@ -10,16 +10,18 @@ from torch import fx, nn
 
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
+from graphplan.scatters import shrink_scatters
 from graphplan.strides import mend_strides
 from graphplan.sums import merge_sums
 from graphplan.views import merge_copies, merge_views, view_readers
 
 aten = torch.ops.aten
-_LARGE_SCALARS = (
+_HELD_LIKE_OPERANDS = (
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
     aten.binary_cross_entropy.default,
     aten.soft_margin_loss.default,
+    aten.col2im.default,
 )
 Extend = Callable[[fx.Graph, Interface, set[fx.Node]], None]
 
@@ -35,12 +37,13 @@ def normalise(
     _drop_batch_norm_statistics(graph)
     _mend_mixed_batch_norm(graph)
     merge_sums(graph, interface)
+    shrink_scatters(graph, interface)
     mend_strides(graph)
     _mend_whole_dropout(graph)
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
-    _copy_scalars(graph, interface)
+    _copy_small_results(graph, interface)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
     interface.rename()
@@ -89,14 +92,15 @@ def _mend_whole_dropout(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _copy_scalars(graph: fx.Graph, interface: Interface) -> None:
-    """Copy the means and sums of losses whose CPU kernels return them in memory as large as their terms."""
+def _copy_small_results(graph: fx.Graph, interface: Interface) -> None:
+    """Copy results that CPU kernels return in memory as large as their operand: means and sums of losses, folds."""
     for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.target not in _LARGE_SCALARS or value.dim() or not value.is_cpu:
+        if node.target not in _HELD_LIKE_OPERANDS or not node.meta["val"].is_cpu:
             continue
-        terms = node.args[0].meta["val"]
-        node.meta["val"] = terms.new_empty((terms.numel(),)).as_strided((), ())
+        value, operand = node.meta["val"], node.args[0].meta["val"]
+        if value.numel() >= operand.numel():
+            continue
+        node.meta["val"] = operand.new_empty((operand.numel(),)).as_strided(value.shape, value.stride())
         with graph.inserting_after(node):
             copy = graph.call_function(aten.clone.default, (node,))
         copy.meta["val"] = value
