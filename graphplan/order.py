@@ -173,9 +173,9 @@ def _move(graph: Graph, order: Sequence[GraphOp]) -> None:
     placed: set[fx.Node] = set()
 
     def place(node: fx.Node) -> None:
-        views = [n for n in node.all_input_nodes if n.op == "call_function" and n not in ops and n not in placed]
-        for view in views:
-            place(view)
+        for source in node.all_input_nodes:
+            if source.op == "call_function" and source not in ops and source not in placed:
+                place(source)  # with what it is a view of
         placed.add(node)
         end.prepend(node)
 

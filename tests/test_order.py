@@ -27,6 +27,14 @@ class Wide(nn.Module):
         return x + self.outer(self.drop(nn.functional.gelu(self.inner(x))))
 
 
+class Twice(Wide):
+    """An op in it reads a view of a view, and then that view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = nn.functional.gelu(self.inner(x)).view(-1, 32, 4)
+        return x + self.outer((parts[:, :, 0].unsqueeze(2) + parts).flatten(1))
+
+
 class Branches(nn.Module):
     """`sources[i]` says which earlier values layer i adds up, `kinds[i]` what it does with them."""
 
@@ -57,6 +65,13 @@ def test_weight_gradients_come_first_where_they_free_more() -> None:
         inputs = next(op for op in graph.ops if op.backward and param_of[f"{i}.outer.weight"] in op.reads)
         assert weight.id < inputs.id
     assert not reorder(graph)  # nothing is left to exchange
+
+
+def test_views_of_views_stay_behind_what_they_view() -> None:
+    model = nn.Sequential(Wide(), Twice(), Wide())
+    graph = capture(model, (torch.randn(64, 32),)).graph
+    graph.module.graph.lint()
+    graph.verify()
 
 
 def test_an_update_stands_where_its_gradient_is_final() -> None:
