@@ -11,7 +11,7 @@ from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget, PlanMismatch
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instructions
-from graphplan.lower import values_of
+from graphplan.lower import asking_inputs, values_of
 from graphplan.noise import PPB, Noise
 from graphplan.plan import Decision, Plan
 from graphplan.profile import Profile
@@ -84,7 +84,10 @@ def lift(prepared: Prepared, solution: Solution, minimum_bytes: int) -> Plan:
 def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tuple[str, int], ...]:
     """Return what memory each way of using it early or twice saves: the same schedule's peak without it."""
     problem, items = prepared.problem, prepared.instructions.items
-    without = {"writing over operands that die": problem.out_of_place()}
+    without = {
+        "writing over operands that die": problem.out_of_place(),
+        "asking results in place of inputs": asking_inputs(problem, prepared.graph, prepared.instructions),
+    }
     if prepared.graph.update:
         ops = prepared.graph.ops
         updates = {op.name for op in ops if "graphplan_update" in op.node.meta and len(op.node.args) == 4}

@@ -75,6 +75,18 @@ def lower(
     return problem
 
 
+def asking_inputs(problem: Problem, graph: Graph, instructions: Instructions) -> Problem:
+    """Return `problem` with backwards reading inputs, as autograd's do, where the graph lets them ask results."""
+    index = {s: v for v, s in enumerate(values_of(graph, instructions))}
+    ops = list(problem.ops)
+    for o, item in enumerate(instructions.items):
+        meta = graph.ops[item.op].node.meta if item.kind == "op" and item.op is not None else {}
+        if "graphplan_asked" in meta:
+            more = (index[s] for s in graph.storages_of[meta["graphplan_asked"]] if s in index)
+            ops[o] = replace(ops[o], reads=tuple(dict.fromkeys((*ops[o].reads, *more))))
+    return replace(problem, ops=tuple(ops))
+
+
 def noise_ppb(graph: Graph, code: Encoded, noise: Noise | None) -> int:
     """Return the noise of a lossy code."""
     return REFUSED_PPB if noise is None else noise.ppb(graph.storages[code.of].name, code.codec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import networkx as nx
 import torch
@@ -23,6 +24,10 @@ _HELD_LIKE_OPERANDS = (
     aten.soft_margin_loss.default,
     aten.col2im.default,
 )
+_DECIDES: dict[Any, tuple[Any, tuple[float, ...]]] = {  # backwards, with their forward and its arguments' defaults
+    aten.hardtanh_backward.default: (aten.hardtanh.default, (-1, 1)),
+    aten.leaky_relu_backward.default: (aten.leaky_relu.default, (0.01,)),
+}
 Extend = Callable[[fx.Graph, Interface, set[fx.Node]], None]
 
 
@@ -43,6 +48,7 @@ def normalise(
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
+    _decide_by_results(graph)
     _copy_small_results(graph, interface)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
@@ -90,6 +96,29 @@ def _mend_whole_dropout(graph: fx.Graph) -> None:
             else:
                 item.target, item.args, item.kwargs = aten.zeros_like.default, (x,), {"dtype": torch.bool}
         graph.erase_node(node)
+
+
+def _decide_by_results(graph: fx.Graph) -> None:
+    """Let backwards ask the result, which the next layer reads anyway, on which side of a bound the input was.
+
+    The input then dies in the forward and can be written over. A leaky ReLU's result has its input's sign. A hardtanh's
+    is at a bound where its input was there or beyond; but its forward rounds bounds to narrow dtypes, its backward not.
+    """
+    for node in list(graph.nodes):
+        if node.target not in _DECIDES:
+            continue
+        forward, defaults = _DECIDES[node.target]
+        x, *bounds = node.args[1 : 2 + len(defaults)]
+        dtype = x.meta["val"].dtype
+        if forward is aten.leaky_relu.default:
+            exact = bounds[0] >= 0
+        else:
+            exact = dtype.itemsize >= 4 or all(torch.tensor(b, dtype=dtype).item() == b for b in bounds)
+        results = [n for n in x.users if n.target is forward and [*n.args[1:], *defaults[len(n.args) - 1 :]] == bounds]
+        if exact and results:
+            node.replace_input_with(x, results[0])
+            if x.op == "call_function":  # others are there anyway
+                node.meta["graphplan_asked"] = x.name  # by autograd
 
 
 def _copy_small_results(graph: fx.Graph, interface: Interface) -> None:

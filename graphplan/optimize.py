@@ -19,7 +19,7 @@ from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import lower, noise_ppb, outputs_bytes, without_codecs
+from graphplan.lower import asking_inputs, lower, noise_ppb, outputs_bytes, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
 from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
@@ -153,7 +153,8 @@ def prepare(
     cap = options.gradient_noise if noise is not None else 0.0
     held = outside.held_bytes + targets
     problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
-    baseline = simulate(problem.out_of_place(), problem.program).peak_bytes
+    unplanned = asking_inputs(problem.out_of_place(), graph, instructions)
+    baseline = simulate(unplanned, problem.program).peak_bytes
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
         graph=graph,

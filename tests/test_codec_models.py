@@ -86,13 +86,17 @@ class Drifting(nn.Module):
 
 CASES = {
     "relu": Case(F.relu, ("relu__mask", "threshold_backward__from_mask"), linear=True),
-    "relu6": Case(F.relu6, ("addmm__mask", "hardtanh_backward__from_mask"), linear=True),
-    "relu6 of images": Case(F.relu6, ("convolution__mask", "hardtanh_backward__from_mask")),
-    "relu6 of what runs once": Case(Drifting(), ("add__mask", "hardtanh_backward__from_mask"), linear=True),
-    "hardtanh": Case(lambda x: F.hardtanh(x, -0.2, 0.3), ("addmm__mask", "hardtanh_backward__from_mask"), linear=True),
+    "relu6": Case(F.relu6, ("hardtanh__mask", "hardtanh_backward__from_mask"), linear=True),
+    "relu6 of images": Case(F.relu6, ("hardtanh__mask", "hardtanh_backward__from_mask")),
+    "relu6 of what runs once": Case(Drifting(), ("hardtanh__mask", "hardtanh_backward__from_mask"), linear=True),
+    "hardtanh": Case(
+        lambda x: F.hardtanh(x, -0.2, 0.3), ("hardtanh__mask", "hardtanh_backward__from_mask"), linear=True
+    ),
     "clamp": Case(lambda x: x.clamp(-0.5, 0.4), ("addmm__mask", "ge__from_mask", "le__from_mask"), linear=True),
     "clamp at one end": Case(lambda x: x.clamp_min(0.1), ("addmm__mask", "ge__from_mask"), linear=True),
-    "leaky_relu": Case(lambda x: F.leaky_relu(x, 0.1), ("addmm__mask", "leaky_relu_backward__from_mask"), linear=True),
+    "leaky_relu": Case(
+        lambda x: F.leaky_relu(x, 0.1), ("leaky_relu__mask", "leaky_relu_backward__from_mask"), linear=True
+    ),
     "leaky_relu in place": Case(lambda x: F.leaky_relu(x, 0.1, inplace=True), ("leaky_relu__mask",), linear=True),
     "hardsigmoid": Case(F.hardsigmoid, ("addmm__mask", "hardsigmoid_backward__from_mask"), linear=True),
     "dropout": Case(
