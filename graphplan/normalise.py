@@ -48,7 +48,7 @@ def normalise(
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
-    _decide_by_results(graph)
+    _decide_by_results(graph, interface)
     _copy_small_results(graph, interface)
     backward = _split(graph, interface)
     _clone_mutated(graph, interface, backward)
@@ -98,12 +98,14 @@ def _mend_whole_dropout(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _decide_by_results(graph: fx.Graph) -> None:
+def _decide_by_results(graph: fx.Graph, interface: Interface) -> None:
     """Let backwards ask the result, which the next layer reads anyway, on which side of a bound the input was.
 
     The input then dies in the forward and can be written over. A leaky ReLU's result has its input's sign. A hardtanh's
     is at a bound where its input was there or beyond; but its forward rounds bounds to narrow dtypes, its backward not.
+    What the model returns is not asked: the caller may write to it.
     """
+    returned = {s for n in interface.forward_results() for s in _memory(n)}
     for node in list(graph.nodes):
         if node.target not in _DECIDES:
             continue
@@ -115,7 +117,7 @@ def _decide_by_results(graph: fx.Graph) -> None:
         else:
             exact = dtype.itemsize >= 4 or all(torch.tensor(b, dtype=dtype).item() == b for b in bounds)
         results = [n for n in x.users if n.target is forward and [*n.args[1:], *defaults[len(n.args) - 1 :]] == bounds]
-        if exact and results:
+        if exact and results and returned.isdisjoint(_memory(results[0])):
             node.replace_input_with(x, results[0])
             if x.op == "call_function":  # others are there anyway
                 node.meta["graphplan_asked"] = x.name  # by autograd
