@@ -118,6 +118,7 @@ def test_parameters_that_cannot_be_planned() -> None:
     ("options", "says"),
     [
         ({"codecs": "zip"}, "no codec 'zip'"),
+        ({"codecs": None}, "no codec None"),
         ({"codecs": ("bitmask", "zip")}, "no codec 'zip'"),
         ({"solver": "magic"}, "no solver 'magic'"),
         ({"time_limit": 0}, "time_limit"),

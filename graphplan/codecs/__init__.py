@@ -37,7 +37,7 @@ def choose_codecs(codecs: str | Iterable[str]) -> tuple[Codec, ...]:
     """Return the codecs that `codecs` names: "none", "exact", "lossy" (exact ones too), one name, or several.
 
     Raises:
-        UnknownCodec: a name that is not in CODECS.
+        UnknownCodec: what is not in CODECS.
     """
     if codecs == "none":
         return ()
@@ -45,7 +45,7 @@ def choose_codecs(codecs: str | Iterable[str]) -> tuple[Codec, ...]:
         return tuple(c for c in CODECS.values() if c.exact)
     if codecs == "lossy":
         return tuple(CODECS.values())
-    names = (codecs,) if isinstance(codecs, str) else tuple(codecs)
+    names = (codecs,) if isinstance(codecs, str) or not isinstance(codecs, Iterable) else tuple(codecs)
     unknown = [n for n in names if n not in CODECS]
     if unknown:
         raise UnknownCodec(f'no codec {unknown[0]!r}; choose "none", "exact", "lossy", or from {", ".join(CODECS)}')
