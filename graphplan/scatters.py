@@ -62,9 +62,8 @@ def _put_together(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if operands is None or span is None:
         return None
     (whole, part), (x, inside), (dim, first, last) = operands, node.args[:2], span
-    pieces = [_call(graph, node, aten.slice.Tensor, x, dim, 0, first)] if first else []
-    flat = part.dim() < whole.dim()
-    pieces.append(_call(graph, node, aten.unsqueeze.default, inside, dim) if flat else inside)  # type: ignore[arg-type]
+    pieces: list[Any] = [_call(graph, node, aten.slice.Tensor, x, dim, 0, first)] if first else []
+    pieces.append(_call(graph, node, aten.unsqueeze.default, inside, dim) if part.dim() < whole.dim() else inside)
     if last < whole.shape[dim]:
         pieces.append(_call(graph, node, aten.slice.Tensor, x, dim, last, whole.shape[dim]))
     result = _call(graph, node, aten.cat.default, pieces, dim)

@@ -45,8 +45,8 @@ def values(dtype: torch.dtype, bounds: tuple[float, ...]) -> Tensor:
 )  # fmt: skip
 def test_the_same_bits(module: nn.Module, dtype: torch.dtype) -> None:
     model = Twice(module)
-    bounds = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else ()
-    x = values(dtype, bounds).requires_grad_()  # type: ignore[arg-type]
+    bounds = tuple(getattr(module, name) for name in ("min_val", "max_val") if hasattr(module, name))
+    x = values(dtype, bounds).requires_grad_()
     weight = torch.randn(len(x)).to(dtype)
     expected = torch.autograd.grad((model(x) * weight).sum(), x)[0]
     planned = graphplan.optimize(model, "100%", x, loss_fn=lambda y: (y * weight).sum(), codecs="none", time_limit=2)
