@@ -115,7 +115,7 @@ class _Flat(nn.Module):
 def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
     """Return (the module that was traced, its joint graph) from the first rung that holds."""
     try:
-        with _unlogged():
+        with _unlogged(), _restored(flat.model):
             return flat, _joint(flat, tensors)
     except GraphplanError:
         raise
@@ -133,14 +133,15 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back every tensor of the model: tracing leaves its own in a module that stands under two names."""
-    held: list[tuple[Any, dict[str, Any]]] = []
-    for module in model.modules():
-        held.extend((own, dict(own)) for own in (module._parameters, module._buffers))
+    """Put back the model's tensors and attributes: a trace leaves its own, in shared modules and by `self.x = ...`."""
+    held = [
+        (own, dict(own)) for module in model.modules() for own in (module._parameters, module._buffers, module.__dict__)
+    ]
     try:
         yield
     finally:
         for own, before in held:
+            own.clear()
             own.update(before)
 
 
