@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions.register import registered
@@ -34,20 +33,21 @@ def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> T
     """Return the bool tensor whose elements in storage order are the bits of `packed`, lowest first."""
     mask = _empty_mask(packed, size, stride)
     flat = in_storage_order(mask)
-    for piece, chunk in pieces(mask.numel()):
-        numel = chunk.stop - chunk.start
-        if by_numpy(packed):
-            bits = np.unpackbits(packed[piece].numpy(), count=numel, bitorder="little")
-            flat[chunk].numpy()[...] = bits.view(np.bool_)
-        else:
-            flat[chunk] = spread_bits(packed[piece], numel)
+    if not by_numpy(packed):
+        for piece, chunk in pieces(mask.numel()):
+            flat[chunk] = spread_bits(packed[piece], chunk.stop - chunk.start)
+        return mask
+    source = packed.numpy()
+    for piece, chunk in pieces(mask.numel(), 2 * CHUNK):  # a byte each, and those before are still there
+        found = np.unpackbits(source[piece], count=chunk.stop - chunk.start, bitorder="little")
+        flat[chunk] = torch.from_numpy(found.view(np.bool_))  # torch copies with all its threads
     return mask
 
 
-def write_bits(packed: Tensor, bits: Tensor | NDArray[Any]) -> None:
-    """Pack a chunk of bool (n,), a numpy array on CPU, into `packed`, uint8 (ceil(n / 8),)."""
+def write_bits(packed: Any, bits: Any) -> None:
+    """Pack a chunk of bool (n,) into `packed`, uint8 (ceil(n / 8),): both numpy arrays, or tensors."""
     if not isinstance(bits, Tensor):
-        packed.numpy()[...] = np.packbits(bits, bitorder="little")
+        packed[...] = np.packbits(bits, bitorder="little")
         return
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -80,8 +80,8 @@ def memory_order(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, 
     return [(d, n, step) for d, (n, step) in enumerate(zip(size, stride, strict=True)) if n != 1]
 
 
-def pieces(numel: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (the bytes of a chunk's bits, its elements)."""
-    for start in range(0, numel, CHUNK):
-        stop = min(start + CHUNK, numel)
+def pieces(numel: int, most: int = CHUNK) -> Iterator[tuple[slice, slice]]:
+    """Yield (the bytes of a chunk's bits, its elements), at most `most`, a multiple of 8."""
+    for start in range(0, numel, most):
+        stop = min(start + most, numel)
         yield slice(start // 8, packed_bytes(stop)), slice(start, stop)

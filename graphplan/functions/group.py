@@ -34,7 +34,7 @@ PIECE = 3 * SPAN
 PIECE_IN_PLACE = 6 * SPAN  # holding no more than each element once, in float32
 PIECE_OF_BYTES = 28 * SPAN  # half of an element in bytes twice
 AHEAD = 8 * CHUNK  # whose groups' ends are found at once
-MOST = 32 * CHUNK  # elements that a compiled encode works on: what it holds of each group is two thirds of a chunk
+MOST = 64 * CHUNK  # elements that a compiled encode works on: what is held of each group is less than a chunk
 MOST_NARROW = 2 * CHUNK  # of a compiled decode to less than float32, which holds what it decodes
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -94,7 +94,8 @@ def encode(
             kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        low[rows], step[rows], _ = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
+        ends = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
+        _write_side(ends, bits, low[rows], step[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -202,8 +203,8 @@ def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
         parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
         if half == "encode":
             return x, noise.view(-1, GROUP), parts[0]
-        low, step, _ = _encode(x, noise.view(-1, GROUP), parts[0], bits)
-        return parts[0], low, step, torch.empty_like(x)
+        _write_side(_encode(x, noise.view(-1, GROUP), parts[0], bits), bits, parts[1], parts[2])
+        return *parts, torch.empty_like(x)
 
     return arguments
 
@@ -228,52 +229,71 @@ def _whole_groups(chunk: Tensor) -> Tensor:
     return chunk.view(-1, GROUP)
 
 
-def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the codes of the groups x (groups, GROUP), by noise in (0, 1); return their minima, steps and rates.
+def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Write the codes of the groups x (groups, GROUP), by noise in (0, 1); return their least and greatest elements.
 
-    The rates are returned so that a compiler computes each once, and not again for every vector of its group.
+    Written so that a compiler makes one loop over groups, each read from memory once: another result of a group than a
+    reduction's, or noise by any other index, and its codes are a second loop behind that over all groups.
     """
-    least, width, rate = _ends(x, bits)
-    _write_codes(x, noise, least, rate, codes, bits)
-    return least, width, rate
+    least, most = x.amin(dim=1), x.amax(dim=1)  # aminmax is ten times as slow
+    bottom = least.float()
+    rate = _rate(_width(bottom, most.float(), bits))
+    own = noise[torch.arange(len(x), device=x.device) % len(noise)]
+    at = (x - bottom[:, None]) * rate[:, None] + own
+    code, *others = (at.floor() if bits < 8 else at).view(len(x), 8 // bits, -1).unbind(1)
+    for i, part in enumerate(others, 1):
+        code = code + part * float(1 << (bits * i))  # exact; shifts of integers take longer
+    codes.copy_(code.int())
+    return least, most
 
 
-def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Do what `_encode` does, and hold no more than a piece needs."""
-    least, width, rate = _ends(x, bits)
+    least, most = x.amin(dim=1), x.amax(dim=1)
+    bottom = least.float()
+    rate = _rate(_width(bottom, most.float(), bits))
     each = (PIECE_IN_PLACE if x.dtype is torch.float32 else PIECE) // GROUP  # others are cast first
     for start in range(0, len(x), each):
         rows = slice(start, start + each)
-        _write_codes(x[rows], noise, least[rows], rate[rows], codes[rows], bits, in_place=True)
-    return least, width, rate
+        _write_codes(x[rows], noise, bottom[rows], rate[rows], codes[rows], bits)
+    return least, most
 
 
-def _ends(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the minima, steps and rates of the groups x (groups, GROUP)."""
-    levels = (1 << bits) - 1
-    least, most = x.amin(dim=1).float(), x.amax(dim=1).float()  # aminmax is ten times as slow
-    width = (most - least).mul_(1 / levels)
-    number = width - width == 0
-    least = torch.where(number, least, torch.nan) + 0.0  # one zero, one NaN: compilers choose others
-    # A step below the least normal number is none.
-    width = torch.where(number, torch.nn.functional.threshold(width, _SMALLEST, 0.0), torch.nan)
-    # No step, no rate. In a group with a NaN anything may stand: its step says what it is.
-    return least, width, width.reciprocal().nan_to_num_(0.0, 0.0)
+def _width(least: Tensor, most: Tensor, bits: int) -> Tensor:
+    return (most - least).mul_(1 / ((1 << bits) - 1))
 
 
-def _write_codes(
-    x: Tensor, noise: Tensor, least: Tensor, rate: Tensor, codes: Tensor, bits: int, in_place: bool = False
-) -> None:
-    """Write the codes of the groups x (groups, GROUP), every intermediate result over the last if `in_place`."""
+def _rate(width: Tensor) -> Tensor:
+    """Return steps as factors. A step below the least normal number is none; no step, no rate."""
+    return torch.where(width > _SMALLEST, width.reciprocal(), 0.0)
+
+
+def _write_side(ends: tuple[Tensor, Tensor], bits: int, low: Tensor, step: Tensor) -> None:
+    """Write the minima and steps to keep of groups with these ends, with one zero and one NaN: kernels choose others.
+
+    By arithmetic alone: on CPU a comparison or a `where` takes five times as long. In a group with a NaN any code may
+    stand: its step says what it is.
+    """
+    least, most = (end.float() for end in ends)
+    width = _width(least, most, bits)
+    broken = width - width  # 0 or NaN
+    torch.add(broken, least, out=low).nan_to_num_(torch.nan)
+    torch.add(broken, torch.nn.functional.threshold(width, _SMALLEST, 0.0, inplace=True), out=step).nan_to_num_(
+        torch.nan
+    )
+
+
+def _write_codes(x: Tensor, noise: Tensor, least: Tensor, rate: Tensor, codes: Tensor, bits: int) -> None:
+    """Write the codes of the groups x (groups, GROUP), every intermediate result over the last."""
     each = 8 // bits
     at = (x - least[:, None]).mul_(rate[:, None])  # the ends up to 1e-4: noise comes no nearer to 0 and 1
     at.view(-1, *noise.shape).add_(noise)
     parts = (at.floor_() if each > 1 else at).view(-1, each, GROUP // each)
     code = parts[:, 0]
     for i in range(1, each):
-        code = torch.add(code, parts[:, i], alpha=1 << (bits * i), out=code if in_place else None)  # exact
+        torch.add(code, parts[:, i], alpha=1 << (bits * i), out=code)  # exact
     # On CPU straight from float32 to uint8 is five times as slow.
-    codes.copy_(code.view(torch.int32).copy_(code) if in_place else code.int())
+    codes.copy_(code.view(torch.int32).copy_(code))
 
 
 def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:

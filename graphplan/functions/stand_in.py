@@ -17,11 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions import bits
-from graphplan.functions.bits import in_storage_order, memory_order, packed_bytes, pieces, spread_bits, write_bits
+from graphplan.functions.bits import (
+    CHUNK,
+    in_storage_order,
+    memory_order,
+    packed_bytes,
+    pieces,
+    spread_bits,
+    write_bits,
+)
 from graphplan.functions.register import registered
 
 Values = tuple[float, float]
@@ -95,26 +102,37 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     if not len(packed):
         return packed
     each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
-    flat = in_storage_order(x)
-    for piece, chunk in pieces(x.numel()):
-        values = _comparable(flat[chunk])
-        with np.errstate(invalid="ignore"):  # a signalling NaN
+    source, target = _as_arrays(in_storage_order(x), packed)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        for piece, chunk in pieces(x.numel(), _at_once(x)):
+            values = _comparable(source[chunk], x.dtype)
             for i, (test, own) in enumerate(tests):
-                write_bits(packed[i * each + piece.start : i * each + piece.stop], test(values, *own))
-        del values  # before the next chunk's
+                write_bits(target[i * each + piece.start : i * each + piece.stop], test(values, *own))
+            del values  # before the next chunk's
     return packed
 
 
-def _comparable(chunk: Tensor) -> Tensor | NDArray[Any]:
-    """Return a chunk in the arithmetic that kernels compare in, float32 for halves; a numpy array on CPU."""
-    if not bits.by_numpy(chunk):
-        return chunk.float() if chunk.dtype in (torch.float16, torch.bfloat16) else chunk
-    if chunk.dtype is torch.bfloat16:  # numpy has none: it is the upper half of a float32
-        wide = chunk.view(torch.int16).numpy().astype(np.int32)
+def _at_once(x: Tensor) -> int:
+    """Return how many elements are packed at a time: fewer calls for bools, which need no memory beside their bits."""
+    return 8 * CHUNK if bits.by_numpy(x) and x.dtype is torch.bool else CHUNK
+
+
+def _as_arrays(*tensors: Tensor) -> tuple[Any, ...]:
+    """Return the tensors as numpy arrays where numpy can work on them, which knows no bfloat16, else as they are."""
+    if not bits.by_numpy(tensors[0]):
+        return tensors
+    return tuple((t.view(torch.int16) if t.dtype is torch.bfloat16 else t).numpy() for t in tensors)
+
+
+def _comparable(chunk: Any, dtype: torch.dtype) -> Any:
+    """Return a chunk, tensor or array, in the arithmetic that kernels compare in: float32 for halves."""
+    if isinstance(chunk, Tensor):
+        return chunk.float() if dtype in (torch.float16, torch.bfloat16) else chunk
+    if dtype is torch.bfloat16:  # the upper half of a float32
+        wide = chunk.astype(np.int32)
         wide <<= 16
         return wide.view(np.float32)
-    values: NDArray[Any] = chunk.numpy()
-    return values.astype(np.float32) if chunk.dtype is torch.float16 else values
+    return chunk.astype(np.float32) if dtype is torch.float16 else chunk
 
 
 def run_on_side(
