@@ -80,13 +80,13 @@ def encode(
 ) -> None:
     """Write the code of `numel` elements to packed (quantised_bytes,).
 
-    `load(start, stop)` returns elements in `dtype`, at most `most` of them (None: as many as the kernel likes): what it
-    makes is held beside. `seed` says where the noise begins.
+    `load(start, stop)` returns elements in `dtype`: as many as the kernel likes, or, where they are made and held
+    beside it, at most `most` with a compiled kernel, which holds nothing else. `seed` says where the noise begins.
     """
     place, table = seed % SPAN, noise_table(packed.device)
     codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
     for start, stop, kernel in _stretches(
-        "encode", numel, bits, dtype, packed.device, most or MOST, PIECE if bits == HALF else most or AHEAD
+        "encode", numel, bits, dtype, packed.device, most or MOST, PIECE if most or bits == HALF else AHEAD
     ):
         begin = place + start % SPAN
         noise = table[begin : begin + min(SPAN, -(-(stop - start) // GROUP) * GROUP)]
@@ -106,17 +106,21 @@ def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Seque
 def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return what `quantise` packed, of this size, stride and dtype."""
     x = _unpacked_like(packed, bits, size, stride, dtype)
-    flat, numel = in_storage_order(x), x.numel()
     if bits == HALF:
-        flat.copy_(packed.view(torch.bfloat16))
-        return x
-    for start, stop, decode in decodings(packed, numel, bits, dtype):
+        in_storage_order(x).copy_(packed.view(torch.bfloat16))
+    else:
+        decode(packed, in_storage_order(x), bits)
+    return x
+
+
+def decode(packed: Tensor, flat: Tensor, bits: int) -> None:
+    """Write the code of groups to flat (n,)."""
+    for start, stop, write in decodings(packed, flat.numel(), bits, flat.dtype):
         whole = (stop - start) % GROUP == 0
         out = flat[start:stop] if whole else flat.new_empty(-(-(stop - start) // GROUP) * GROUP)
-        decode(out)
+        write(out)
         if not whole:
             flat[start:stop] = out[: stop - start]
-    return x
 
 
 def decodings(

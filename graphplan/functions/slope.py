@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.bits import in_storage_order, memory_order
-from graphplan.functions.group import GROUP, SPAN, decodings, encode, mix, quantised_bytes
+from graphplan.functions.group import GROUP, SPAN, decode, decodings, encode, mix, quantised_bytes
 from graphplan.functions.register import derived, registered
 
 aten = torch.ops.aten
-MOST = 3 * SPAN  # elements at a time: derivatives stand beside the code
+# Elements at a time with a compiled kernel: less than a chunk stands beside the code.
+MOST = 3 * SPAN  # derivatives, and the gradient of ones that their kernel makes
+MOST_DECODED = 7 * SPAN  # derivatives alone
 # f'(x) as (a gradient of ones, x, constants) where x is what the backward reads
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda one, x: aten.gelu_backward(one, x),
@@ -60,8 +62,8 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
 def slope_error(x: Tensor, function: str, consts: Sequence[float], bits: int) -> float:
     """Return the mean square of what the code of x's derivative changes in it."""
     flat = in_storage_order(x).float()
-    slopes, decoded = SLOPES[function](torch.ones_like(flat), flat, *consts), torch.ones_like(flat)
-    _times(quantise_slopes(x, function, consts, bits, 0, 0), bits, decoded, decoded)
+    slopes, decoded = SLOPES[function](torch.ones_like(flat), flat, *consts), torch.empty_like(flat)
+    decode(quantise_slopes(x, function, consts, bits, 0, 0), decoded, bits)
     return float((decoded - slopes).square_().mean())
 
 
@@ -81,12 +83,11 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
             out = torch.empty_strided(tuple(size), tuple(result_stride), dtype=dtype, device=grad.device)
         order = memory_order(size, stride)
         if all(memory_order(t.shape, t.stride()) == order for t in (grad, out)):
-            _times(packed, bits, in_storage_order(grad), in_storage_order(out))
+            _times(packed, bits, in_storage_order(grad), in_storage_order(out), over is not None)
             return out
         # The gradient lies in another order: all derivatives at once, beside the result.
         slopes = torch.empty_strided(tuple(size), tuple(stride), device=grad.device)
-        flat = in_storage_order(slopes)
-        _times(packed, bits, flat.new_ones(1).expand_as(flat), flat)
+        decode(packed, in_storage_order(slopes), bits)
         return torch.mul(grad, slopes, out=out) if out.dtype is slopes.dtype else out.copy_(grad * slopes)
 
     def fake(
@@ -101,11 +102,15 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
     return derived(op, at, "from_slopes", f"Tensor packed, int bits, {like}", run, fake, over)
 
 
-def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor) -> None:
-    """Write grad (n,) times the derivatives packed to out (n,), which may be grad."""
-    for start, stop, decode in decodings(packed, grad.numel(), bits, torch.float32, MOST):
+def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> None:
+    """Write grad (n,) times the derivatives packed to out (n,), which is grad if `over`."""
+    if not over and out.dtype is torch.float32:
+        decode(packed, out, bits)
+        out.mul_(grad)
+        return
+    for start, stop, write in decodings(packed, grad.numel(), bits, torch.float32, MOST_DECODED):
         slopes = torch.empty(-(-(stop - start) // GROUP) * GROUP, device=packed.device)
-        decode(slopes)
+        write(slopes)
         slopes = slopes[: stop - start]
         if out.dtype is slopes.dtype:
             torch.mul(grad[start:stop], slopes, out=out[start:stop])
