@@ -12,6 +12,7 @@ from bench.processes import ROOT
 
 if TYPE_CHECKING:
     from graphplan.capture import Capture
+    from graphplan.device import Device
     from graphplan.instructions import Instructions
     from graphplan.lift import Prepared
     from graphplan.optimize import Options
@@ -25,12 +26,13 @@ FAR = 1 << 44  # bytes: nothing else binds
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """One model, its batch and its Problem with every codec."""
+    """One model, its batch and its Problem with every codec; `device` knows what its ops cost."""
 
     model: Any
     example: Any
     loss_fn: Any
     captured: Capture
+    device: Device
     options: Options
     prepared: Prepared
     batch: Batch
@@ -73,11 +75,12 @@ def prepared_ground(
     )  # fmt: skip
     captured = capture(model, example.inputs)
     batch = Batch(model, flatten_call(example.inputs, {})[1], loss_fn, example.targets)
-    prepared = prepare(captured, options, Device.this(), batch=batch)
+    device = Device.this()
+    prepared = prepare(captured, options, device, batch=batch)
     if known is None and path is not None and prepared.noise is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         prepared.noise.save(path)
-    return Ground(model, example, loss_fn, captured, options, prepared, batch)
+    return Ground(model, example, loss_fn, captured, device, options, prepared, batch)
 
 
 def recompute_only(prepared: Prepared) -> Problem:

@@ -21,7 +21,6 @@ CHOICES = ("none", "exact", "lossy")
 
 def measure_model(name: str, time_limit: float) -> dict[str, Any]:
     """Return one model's row: figures of the plan at the least peak for each of CHOICES."""
-    from graphplan.device import Device
     from graphplan.errors import InfeasibleBudget
     from graphplan.optimize import find_least, make_options, make_plan, prepare
 
@@ -31,7 +30,7 @@ def measure_model(name: str, time_limit: float) -> dict[str, Any]:
         options, prepared = here.options, here.prepared
         if codecs != "lossy":
             options = make_options("100%", codecs, time_limit=time_limit, **here.loss)
-            prepared = prepare(here.captured, options, Device.this())
+            prepared = prepare(here.captured, options, here.device)
         row.setdefault("baseline", prepared.baseline_peak_bytes)
         least = find_least(prepared, options)
         assert least.least_peak_bytes is not None
