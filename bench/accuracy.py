@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphplan
-from bench.ground import Ground, compress_only, joint_noise, plan_of, prepared_ground, turn_only
+from bench.ground import Ground, joint_noise, plan_of, prepared_ground, turn_only
 from bench.hybrid import all_encoded
 from bench.page import write_between
 from bench.processes import RESULTS, run_again, save_row
@@ -170,6 +170,7 @@ def _hooks(model: nn.Module) -> tuple[Callable[[Tensor], Any], Callable[[Any], T
 def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple[Any, Ground | None, Any]:
     """Return what is called in place of the model, its Ground, and the schedule of its plan."""
     import solvers
+    from graphplan.lower import computing_once
 
     if method == METHODS[-1]:
         return model, None, None
@@ -183,7 +184,7 @@ def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple
         whole = problem.noise_limit_ppb
         for limit in (whole, whole // 2, whole // 4, 0):  # as a plan's own check does
             capped = replace(problem, noise_limit_ppb=limit)
-            least = solvers.least_peak(turn_only(compress_only(capped)), solvers.Limits(seconds=4))
+            least = solvers.least_peak(computing_once(turn_only(capped)), solvers.Limits(seconds=4))
             assert least.schedule is not None
             schedule = least.schedule
             if limit == 0 or joint_noise(here, schedule).noise <= cap:

@@ -97,18 +97,6 @@ def without_encoded(instructions: Instructions) -> Instructions:
     return replace(instructions, items=items, encoded=())
 
 
-def compress_only(problem: Problem) -> Problem:
-    """Return the Problem in which no forward op runs twice."""
-    position = {o: t for t, o in enumerate(problem.program)}
-
-    def again(i: int, op: Any) -> bool:
-        of = i if i in position else op.instead_of
-        return of is not None and position[of] < problem.turn
-
-    ops = tuple(replace(op, repeatable=False) if again(i, op) else op for i, op in enumerate(problem.ops))
-    return replace(problem, ops=ops)
-
-
 def turn_only(problem: Problem, across_bytes: int = 0) -> Problem:
     """Return the Problem in which only what is held between forward and backward counts: `across_bytes` of it."""
     turn = problem.program[problem.turn]

@@ -16,7 +16,6 @@ from typing import Any
 
 from bench.ground import (
     Ground,
-    compress_only,
     ground,
     held_at_turn,
     joint_noise,
@@ -35,8 +34,10 @@ SUMS = ("int8", "int4", "int2")
 
 def problems_of(here: Ground) -> dict[str, Any]:
     """Return the Problem of each of KINDS."""
+    from graphplan.lower import computing_once
+
     problem = here.prepared.problem
-    return {"hybrid": problem, "recompute": recompute_only(here.prepared), "compress": compress_only(problem)}
+    return {"hybrid": problem, "recompute": recompute_only(here.prepared), "compress": computing_once(problem)}
 
 
 def predicted(here: Ground, seconds: float) -> dict[str, Any]:
@@ -106,14 +107,15 @@ def held(here: Ground, seconds: float) -> list[dict[str, Any]]:
     """Return what plans hold between forward and backward at least: bytes, noise predicted and joint, overhead."""
     import solvers
     from graphplan.graph import StorageKind
+    from graphplan.lower import computing_once
     from solvers import Limits, simulate
 
     problem, graph = here.prepared.problem, here.captured.graph
     activations = sum(s.nbytes for s in graph.storages if s.kind is StorageKind.ACTIVATION)
     at_all = held_at_turn(problem, problem.program)
     rows = []
-    for kind, base in (("compress", compress_only(problem)), ("hybrid", problem)):
-        only = turn_only(base)
+    across = turn_only(problem)
+    for kind, only in (("compress", computing_once(across)), ("hybrid", across)):
         least = solvers.least_peak(only, Limits(seconds=seconds))
         assert least.schedule is not None
         rows.append(_held_row(here, kind, least.schedule, activations, at_all))

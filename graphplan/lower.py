@@ -105,6 +105,22 @@ def without_codecs(problem: Problem, instructions: Instructions) -> Problem:
     )
 
 
+def computing_once(problem: Problem) -> Problem:
+    """Return `problem` with every forward computation run once: what is not kept must be encoded.
+
+    Variants of forward ops, which exist to run them again, get a workspace that fits no budget.
+    """
+    forward = set(problem.program[: problem.turn])
+    too_much = sum(problem.value_bytes) + problem.fixed_bytes + max(op.workspace_bytes for op in problem.ops)
+
+    def once(o: int, op: Op) -> Op:
+        if o in forward:
+            return replace(op, repeatable=False)
+        return replace(op, workspace_bytes=too_much) if op.instead_of in forward else op
+
+    return replace(problem, ops=tuple(once(o, op) for o, op in enumerate(problem.ops)))
+
+
 def values_of(graph: Graph, instructions: Instructions) -> tuple[int, ...]:
     """Return the storages that are values of the Problem, in its order: all but the fixed ones."""
     written = {s for item in instructions.items for s in item.writes}

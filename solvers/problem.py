@@ -214,8 +214,16 @@ def _check_ids(problem: Problem) -> None:
         raise MalformedProblem("keep names an unknown value")
 
 
-def _check_program(problem: Problem) -> None:
+def _optional(problem: Problem) -> set[OpId]:
     optional = {i for i, op in enumerate(problem.ops) if op.instead_of is not None or op.kind is not Kind.COMPUTE}
+    for i in optional:
+        if not problem.ops[i].repeatable:
+            raise MalformedProblem(f"op {i} {problem.ops[i].name!r} is optional, and must run exactly once")
+    return optional
+
+
+def _check_program(problem: Problem) -> None:
+    optional = _optional(problem)
     if sorted(problem.program) != [i for i in range(len(problem.ops)) if i not in optional]:
         raise MalformedProblem("program is not a permutation of the ops that are not optional")
     if not 0 <= problem.turn < len(problem.program):

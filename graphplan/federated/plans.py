@@ -16,13 +16,13 @@ from graphplan.errors import PlanFormatError
 from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.frontier import MOST_POINTS, Frontier, FrontierCache
 from graphplan.federated.task import Task, task_loss, task_options
-from graphplan.lift import Prepared, lift
+from graphplan.lift import lift
+from graphplan.lower import computing_once
 from graphplan.optimize import Source
 from graphplan.plan import Plan
 from graphplan.program import write_program
 from graphplan.step import TrainStep
 from graphplan.step.program import WholeProgram
-from solvers import Op
 
 SPARE = 5  # smaller plans that a client holds beside its own, to shrink without asking
 MOST_BYTES = 8 << 20  # of plans unpacked from one message
@@ -136,7 +136,8 @@ class Planner:
             kept = solvers.solve(prepared.problem, "keep_all")
             return Frontier((lift(prepared, kept, prepared.baseline_peak_bytes),))
         if not execution.recompute:
-            candidates = (replace(candidates[0], prepared=_once(prepared)),)
+            once = replace(prepared, problem=computing_once(prepared.problem))
+            candidates = (replace(candidates[0], prepared=once),)
         return Frontier(frontier(candidates, options, min(MOST_POINTS, self.config.points)))
 
 
@@ -153,24 +154,6 @@ def _measured(candidates: Candidates) -> Candidates:
             "client measures itself; without --forms plans of forward and backward are made"
         )
     return found
-
-
-def _once(prepared: Prepared) -> Prepared:
-    """Return the problem in which every forward computation runs once: what is not kept must be encoded.
-
-    Variants of forward ops, which exist to run them again, get a workspace that fits no budget.
-    """
-    problem = prepared.problem
-    forward = set(problem.program[: problem.turn])
-    too_much = sum(problem.value_bytes) + problem.fixed_bytes
-
-    def once(o: int, op: Op) -> Op:
-        if o in forward:
-            return replace(op, repeatable=False)
-        return replace(op, workspace_bytes=too_much) if op.instead_of in forward else op
-
-    ops = tuple(once(o, op) for o, op in enumerate(problem.ops))
-    return replace(prepared, problem=replace(problem, ops=ops))
 
 
 def pack(texts: Iterable[str]) -> bytes:

@@ -72,3 +72,14 @@ def op_changed(index: int, **fields: Any) -> str:
 def test_malformed_ops(text: str, words: str) -> None:
     with pytest.raises(MalformedProblem, match=words):
         Problem.from_json(text)
+
+
+def test_an_optional_op_that_must_run_once_is_refused() -> None:
+    """No schedule may run it, and solvers took it for one that may run again (a dropout's variant)."""
+    data = json.loads(random_problem(1, 5).to_json())
+    first = data["program"][0]
+    data["ops"].append({**data["ops"][first], "name": "twin", "instead_of": first, "repeatable": True})
+    Problem.from_json(json.dumps(data))
+    data["ops"][-1]["repeatable"] = False
+    with pytest.raises(MalformedProblem, match="'twin' is optional"):
+        Problem.from_json(json.dumps(data))
