@@ -32,7 +32,7 @@ from graphplan.units import check_budget, parse_budget
 from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
-PLAIN_SHARE = 0.25  # of the time limit at least, for plans without codecs where the others are not proven best
+PLAIN_SHARE = 0.5  # of the time limit at least, for plans without codecs where the others are not proven best
 ANY_NOISE_PPB = 1 << 62
 TIGHTENINGS = 3
 
@@ -202,24 +202,26 @@ def noise_of(
 def find_least(prepared: Prepared, options: Options) -> Solution:
     """Return the plan with the smallest peak that can be found; it does not depend on the budget.
 
+    Its `single_peak_bytes` are those of plans without codecs.
+
     The search is no proof, and may find less where it has more to choose from. So plans without codecs are searched
-    first, for half of its time at most: to allow codecs never raises the least peak, of however large a graph.
+    first: to allow codecs never raises the least peak, of however large a graph.
     """
     options.report("least feasible peak", 0, 1)
-    problem, encoded = prepared.problem, prepared.instructions.encoded
-    tries = [problem]
-    if encoded:
-        tries.insert(0, without_codecs(problem, prepared.instructions))
-    left, best = LEAST_PEAK_SHARE * options.time_limit, None
-    for tried in tries:
-        start = time.monotonic()
-        found = solvers.least_peak(tried, Limits(seconds=left if tried is problem else left / 2))
-        left = max(0.0, left - (time.monotonic() - start))
-        if best is None or _peak(found) <= _peak(best):
-            best = found if tried is problem else replace(found, status=solvers.Status.FEASIBLE)
+    problem, seconds, start = prepared.problem, LEAST_PEAK_SHARE * options.time_limit, time.monotonic()
+    plain = None
+    if prepared.instructions.encoded:
+        plain = solvers.least_peak(without_codecs(problem, prepared.instructions), Limits(seconds=seconds))
+        seconds = max(seconds - (time.monotonic() - start), seconds / 2)
+    found = solvers.least_peak(problem, Limits(seconds=seconds))
     options.report("least feasible peak", 1, 1)
-    assert best is not None
-    return best
+    if plain is None:
+        return found
+    if _peak(found) == _peak(plain):  # the schedule that serves with codecs and without
+        found = replace(found, schedule=plain.schedule)
+    elif _peak(found) > _peak(plain):
+        found = replace(plain, status=solvers.Status.FEASIBLE)
+    return replace(found, single_peak_bytes=plain.single_peak_bytes)
 
 
 def _peak(solution: Solution) -> int:
@@ -239,7 +241,7 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     found = () if least.schedule is None else (least.schedule,)
     limits = Limits(seconds=options.time_limit, known=(*found, *known))
     options.report("solving", 0, 1)
-    solution = _solve(prepared, options.solver, limits)
+    solution = _solve(prepared, options.solver, limits, least.single_peak_bytes or 0)
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
     if solution.schedule is None:
@@ -247,15 +249,17 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     return lift(prepared, solution, least.least_peak_bytes)
 
 
-def _solve(prepared: Prepared, solver: str, limits: Limits) -> Solution:
+def _solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: int) -> Solution:
     """Return the solver's answer; where it is not proven best, no worse than its answer without codecs.
 
-    More to choose from makes a larger search, which may find less before its time is up.
+    More to choose from makes a larger search, which may find less before its time is up. And below the least peak of
+    single recomputation without codecs, what is best of one recompute a value may be worse than a plan of more.
     """
     start = time.monotonic()
     solution = solvers.solve(prepared.problem, solver, limits)
     left = limits.seconds - (time.monotonic() - start)
-    if solution.status is solvers.Status.OPTIMAL or not prepared.instructions.encoded:
+    among_all = solution.bound_class == solvers.ANY_PLAN or prepared.problem.budget_bytes >= single_peak_bytes
+    if (solution.status is solvers.Status.OPTIMAL and among_all) or not prepared.instructions.encoded:
         return solution
     plain = without_codecs(prepared.problem, prepared.instructions)
     seconds = max(left, PLAIN_SHARE * limits.seconds)

@@ -78,6 +78,7 @@ def least_peak(problem: Problem, limits: Limits | None = None) -> Solution:
         "least_peak",
         search.seconds(),
         least.peak_bytes,
+        single_peak_bytes=least.single.peak_bytes,
     )
 
 

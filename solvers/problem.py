@@ -162,7 +162,8 @@ class Solution:
     `solver` names who found the schedule, after a colon the stage of it that did. `lower_bound_ns` bounds the
     cost of every plan of class `bound_class`, `any_bound_ns` that of every plan in the program's order, however
     often it recomputes after the turn (0: not looked for). `least_peak_bytes` is the smallest peak that this search
-    can vouch for reaching (None: it did not look).
+    can vouch for reaching (None: it did not look); `single_peak_bytes`, of `least_peak` alone, is that of plans with
+    one recompute a value.
     """
 
     status: Status
@@ -173,6 +174,7 @@ class Solution:
     seconds: float = field(compare=False, default=0.0)
     least_peak_bytes: int | None = None
     any_bound_ns: int = 0
+    single_peak_bytes: int | None = None
 
 
 def _from_dict(data: dict[str, Any]) -> Problem:

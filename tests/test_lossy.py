@@ -22,6 +22,7 @@ from graphplan.functions import group
 from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
 from graphplan.replay import Batch, Tape
 from graphplan.rewrite import rewrite
+from models_zoo import MODELS
 from tests.lossy_cases import (
     all_encoded,
     case,
@@ -213,6 +214,21 @@ def test_lossy_codecs_never_raise_the_least_peak() -> None:
             planned = graphplan.optimize(model, "100%", (x,), time_limit=20, codecs=codecs, **loss)
             least.append(planned.plan.minimum_peak_bytes)
         assert least == sorted(least, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["unet", "densenet121", "gpt"])
+def test_codecs_cost_nothing_where_they_do_not_help(name: str) -> None:
+    """At the least peak without codecs, by one profile: the plan that may use them is no slower."""
+    entry = MODELS[name]
+    model, example, device = entry.build_small(), entry.example_small(), graphplan.Device.this()
+    loss_fn = entry.loss if example.targets is not None else (lambda outputs: entry.loss(outputs, None))
+    given = {"device": device, "time_limit": 20, "loss_fn": loss_fn, "example_targets": example.targets}
+    everything = graphplan.optimize(model, "100%", example.inputs, codecs="none", **given).plan
+    least = everything.minimum_peak_bytes
+    without, allowed = (
+        graphplan.optimize(model, least, example.inputs, codecs=codecs, **given).plan for codecs in ("none", "exact")
+    )
+    assert allowed.overhead <= without.overhead
 
 
 def test_no_noise_allowed_means_none() -> None:
