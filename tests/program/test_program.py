@@ -296,7 +296,9 @@ def test_cut_off_and_deep_texts_are_refused(document: Document) -> None:
 _VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(1 << 66), 1 << 66), st.integers(-3, 60), st.floats(), st.text(max_size=8),
     st.lists(st.integers(-2, 70), max_size=5), st.builds(lambda i: {"%": i}, st.integers(-1, 90)),
-    st.sampled_from(sorted(targets())), st.sampled_from([{"dtype": "int8"}, {"dtype": "pickle"}, {"float": "nan"}, {}]),
+    st.sampled_from(sorted(targets())),
+    # Copies: a change inside one would be there in the next example, once even itself inside itself.
+    st.sampled_from([{"dtype": "int8"}, {"dtype": "pickle"}, {"float": "nan"}, {}]).map(copy.deepcopy),
 )  # fmt: skip
 
 
