@@ -250,7 +250,7 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
 
 
 def _solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: int) -> Solution:
-    """Return the solver's answer; where it is not proven best, no worse than its answer without codecs.
+    """Return the solver's answer; where it is not proven best, no worse than what it finds then without codecs.
 
     More to choose from makes a larger search, which may find less before its time is up. And below the least peak of
     single recomputation without codecs, what is best of one recompute a value may be worse than a plan of more.

@@ -155,7 +155,7 @@ def test_both_halves_bound_the_temporaries(
     bits: int, fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside what they read and write they hold less than one chunk in float32, compiled or not, by the meter."""
-    x = torch.randn(1 << 22).to(dtype)
+    x = torch.randn(group.MOST).to(dtype)
     if bits == HALF and dtype is torch.bfloat16:
         pytest.skip("no code")
     if fast:

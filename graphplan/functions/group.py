@@ -264,7 +264,11 @@ def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tup
 
 
 def _width(least: Tensor, most: Tensor, bits: int) -> Tensor:
-    return (most - least).mul_(1 / ((1 << bits) - 1))
+    return (most - least).mul_(_unit(bits))
+
+
+def _unit(bits: int) -> float:
+    return 1 / ((1 << bits) - 1)
 
 
 def _rate(width: Tensor) -> Tensor:
@@ -278,8 +282,10 @@ def _write_side(ends: tuple[Tensor, Tensor], bits: int, low: Tensor, step: Tenso
     By arithmetic alone: on CPU a comparison or a `where` takes five times as long. In a group with a NaN any code may
     stand: its step says what it is.
     """
-    least, most = (end.float() for end in ends)
-    width = _width(least, most, bits)
+    least, most = ends
+    width = (
+        most.float().sub_(least).mul_(_unit(bits))
+    )  # over the kernel's result: all that is held is less than a chunk
     broken = width - width  # 0 or NaN
     torch.add(broken, least, out=low).nan_to_num_(torch.nan)
     torch.add(broken, torch.nn.functional.threshold(width, _SMALLEST, 0.0, inplace=True), out=step).nan_to_num_(

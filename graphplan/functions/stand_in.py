@@ -104,7 +104,7 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
     source, target = _as_arrays(in_storage_order(x), packed)
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        for piece, chunk in pieces(x.numel(), _at_once(x)):
+        for piece, chunk in pieces(x.numel(), _at_once(x, sides)):
             values = _comparable(source[chunk], x.dtype)
             for i, (test, own) in enumerate(tests):
                 write_bits(target[i * each + piece.start : i * each + piece.stop], test(values, *own))
@@ -112,9 +112,9 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     return packed
 
 
-def _at_once(x: Tensor) -> int:
+def _at_once(x: Tensor, sides: Sequence[str]) -> int:
     """Return how many elements are packed at a time: fewer calls for bools, which need no memory beside their bits."""
-    return 8 * CHUNK if bits.by_numpy(x) and x.dtype is torch.bool else CHUNK
+    return 8 * CHUNK if bits.by_numpy(x) and set(sides) == {"true"} else CHUNK
 
 
 def _as_arrays(*tensors: Tensor) -> tuple[Any, ...]:
