@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -142,25 +143,29 @@ def _held_row(here: Ground, kind: str, schedule: Any, activations: int, at_all: 
 
 
 def sums(here: Ground) -> list[dict[str, Any]]:
-    """Encode all that one code may encode, and return the sum of the predictions over what is measured of all."""
-    assert here.prepared.noise is not None
+    """Encode all that a plan may have encoded, and return the sum of the predictions over what is measured of all."""
+    from graphplan.noise import REFUSED_PPB
+
+    noise = here.prepared.noise
+    assert noise is not None
     rows = []
     for codec in SUMS:
-        schedule, used = all_encoded(here, codec)
-        rho = sum(here.prepared.noise.rho[a].get(codec, 0.0) for a in used)
+        schedule, used = all_encoded(here, codec, {a for a in noise.rho if noise.ppb(a, codec) < REFUSED_PPB})
+        rho = sum(noise.rho[a].get(codec, 0.0) for a in used)
         joint = joint_noise(here, schedule)
         rows.append({"codec": codec, "count": len(used), "sum": rho, "joint": joint.noise, "bias": joint.bias})
     return rows
 
 
-def all_encoded(here: Ground, codec: str) -> tuple[list[int], list[str]]:
-    """Return the program with every activation that `codec` offers encoded by it, and their names.
+def all_encoded(here: Ground, codec: str, allowed: Collection[str] | None = None) -> tuple[list[int], list[str]]:
+    """Return the program with every (or every allowed) activation that `codec` offers encoded by it, and their names.
 
     An op that reads two codes runs from one of them, and the other activation is kept for it.
     """
     prepared = here.prepared
     items, storages = prepared.instructions.items, here.captured.graph.storages
-    codes = {e.id: storages[e.of].name for e in prepared.instructions.encoded if e.codec == codec}
+    offered = {e.id: storages[e.of].name for e in prepared.instructions.encoded if e.codec == codec}
+    codes = {e: name for e, name in offered.items() if allowed is None or name in allowed}
     encodes = [i for i, item in enumerate(items) if item.kind == "encode" and codes.keys() & set(item.writes)]
     taken: dict[int, int] = {}
     read: set[str] = set()

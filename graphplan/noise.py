@@ -5,7 +5,8 @@ of a backward pass that reads the code of l, and w_p = 1 / variance of the batch
 (SGD), or of each (Adam, which divides by it; the sum is then a mean over elements). Rounding errors of different
 activations are independent, so their rho add up (reference: ActNN, Chen et al. 2021; GACT, Liu et al. 2022, warns
 where the sum passes 0.1). One replay under a reference code is scaled to its kin by their mean square errors: int4 for
-roundings of the activation itself, fewbit4 for those of a derivative at it.
+roundings of the activation itself, fewbit4 for those of a derivative at it. Where a reader's error does not grow so
+(the backward of a normalisation multiplies its input by itself) the coarsest of the kin is replayed, too.
 
 The estimates belong to the model and the data, not to the machine: they can be saved and shipped.
 """
@@ -28,7 +29,7 @@ from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import choose_codecs
 from graphplan.errors import GraphplanError
 from graphplan.instructions import Instruction, Instructions, Loss, instructions_of
-from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes
+from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes, reader_errors
 from graphplan.rewrite import Rewritten
 from graphplan.runtime import like_traced
 from graphplan.tree import arguments
@@ -39,6 +40,7 @@ REFUSED_PPB = 2 * PPB  # above any limit
 BIAS_LIMIT = 0.2  # of an error's square: rounding that leans one way does not average out over steps
 KEYS = (1, 2)
 MORE_KEYS = (3, 4, 5, 6)
+ALIKE = 1.5  # two errors' squares, scaled to each other, that count as the same
 Report = Callable[[str, int, int], None]
 
 
@@ -236,13 +238,42 @@ def _replay(tape: Tape, slot: _Slot, scale: Mapping[str, float]) -> tuple[dict[s
     rho: dict[str, float] = {}
     bias: dict[str, float] = {}
     for chosen, kin in slot.kin() if bool(torch.isfinite(x).all()) else ():
-        noise, lean = _replay_code(tape, slot.ways[chosen], scale)
         errors = {name: slot.ways[name].loss.mean_square_error(x) for name in kin}
+        replayed = {chosen: _replay_code(tape, slot.ways[chosen], scale)}
+        coarsest = max(kin, key=errors.__getitem__)
+        if not _grows_alike(tape, slot.ways[chosen], slot.ways[coarsest], errors[chosen], errors[coarsest]):
+            replayed[coarsest] = _replay_code(tape, slot.ways[coarsest], scale)
+        points = sorted((errors[name], *found) for name, found in replayed.items())
         for name, error in errors.items():
-            constant = 0.0 if error == 0 else math.inf  # where the replayed code is exact
-            rho[name] = noise * error / errors[chosen] if errors[chosen] else constant
-            bias[name] = lean
+            rho[name], bias[name] = replayed.get(name) or _between(points, error)
     return rho, bias
+
+
+def _grows_alike(tape: Tape, a: _Way, b: _Way, error_a: float, error_b: float) -> bool:
+    """Return whether the noise of `b` is that of `a`, scaled by their errors.
+
+    All that follows the readers is linear in what they return, so it is, if each of their errors is. Not so where a
+    reader multiplies its input by itself, as the backward of a normalisation, or saturates.
+    """
+    if error_a == error_b or not error_a:
+        return True
+    before, after = (reader_errors(tape, way.encode, way.readers, KEYS[0]) for way in (a, b))
+    grown = [(before.get(n, 0.0), after.get(n, 0.0) * error_a / error_b) for n in before.keys() | after.keys()]
+    return all(max(x, y) <= ALIKE * min(x, y) for x, y in grown)
+
+
+def _between(points: Sequence[tuple[float, float, float]], error: float) -> tuple[float, float]:
+    """Return rho and the bias at `error` from one or two (error, rho, bias): rho / error is linear between the two.
+
+    Below both it stays: a rho that grows faster than its error is then no less than it should be.
+    """
+    (low, rho, bias), (high, rho_high, bias_high) = points[0], points[-1]
+    if low == 0:
+        return (0.0 if error == 0 else math.inf), bias  # where the replayed code is exact
+    if error <= low or low == high:
+        return rho * error / low, bias
+    share = (error - low) / (high - low)
+    return error * ((1 - share) * rho / low + share * rho_high / high), max(bias, bias_high)
 
 
 def _replay_code(tape: Tape, way: _Way, scale: Mapping[str, float]) -> tuple[float, float]:

@@ -143,8 +143,22 @@ def changed_gradients(tape: Tape, encode: Instruction, readers: Sequence[Instruc
     again = _Again(tape, key)
     with torch.no_grad(), torch._C._DisableAutocast():
         encode.emit(again)
-        again.backward({tape.graph.ops[r.op].node: r for r in readers if r.op is not None})
+        again.backward(_by_node(tape, readers))
     return {name: again.changed[n] for name, n in tape.gradients.items() if n in again.changed}
+
+
+def reader_errors(tape: Tape, encode: Instruction, readers: Sequence[Instruction], key: int) -> dict[str, float]:
+    """Return the square of the error of each result that differs when `readers` run from what `encode` makes."""
+    again = _Again(tape, key)
+    with torch.no_grad(), torch._C._DisableAutocast():
+        encode.emit(again)
+        for reader in readers:
+            reader.emit(again)
+    return {n.name: _distance(value, tape.values[n]) for n, value in again.changed.items()}
+
+
+def _by_node(tape: Tape, readers: Sequence[Instruction]) -> dict[fx.Node, Instruction]:
+    return {tape.graph.ops[r.op].node: r for r in readers if r.op is not None}
 
 
 class _Again:
@@ -192,6 +206,12 @@ class _Again:
                 self.store(node, self.copy(node, node.name))
             for dead in dying.get(node, ()):
                 self.changed.pop(dead, None)
+
+
+def _distance(a: Any, b: Any) -> float:
+    if isinstance(a, Tensor):
+        return float(torch.linalg.vector_norm(a - b, dtype=torch.float64)) ** 2
+    return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _same(a: Any, b: Any) -> bool:

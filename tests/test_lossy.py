@@ -170,6 +170,26 @@ def test_noise_adds_up(name: str) -> None:
         assert measured.bias < 0.2
 
 
+def test_coarse_codes_before_a_normalisation_are_replayed() -> None:
+    """The backward of a LayerNorm multiplies its input's error by itself, far more where a token hardly varies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.LayerNorm(64), nn.Linear(64, 5))
+    x, targets = torch.randn(16, 32, 16), torch.randint(5, (16, 32))
+    x[:, ::8] *= 0.05
+    captured, instructions = offered(model, x)
+    batch = Batch(model, [x], token_loss, targets)
+    noise = estimate(captured, instructions, batch)
+    rho = noise.rho["mm"]  # what the LayerNorm reads
+    error = {e.codec: e.loss.mean_square_error(model[0](x).detach()) for e in instructions.encoded if e.loss}
+    assert rho["int2"] / rho["int4"] > 3 * error["int2"] / error["int4"]
+    for codec in ("int4", "int2"):
+        steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, codec, only="mm"))
+        measured = measure_noise(captured, steps, batch)
+        assert rho[codec] == pytest.approx(measured.noise, rel=0.3), codec
+    assert error["int8"] < error["int4"]
+    assert rho["int8"] == pytest.approx(rho["int4"] * error["int8"] / error["int4"])
+
+
 def lossy_plan(name: str, gradient_noise: float = 0.1) -> tuple[graphplan.PlannedModule, nn.Module, Tensor, Any]:
     """A plan for a machine with fast codes, at a third of the way from the least peak to the unplanned one."""
     model, x, targets = case(name)
