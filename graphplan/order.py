@@ -4,6 +4,9 @@ Two neighbours change places where that lowers the higher of their two moments. 
 sums are taken in the same order, so that every bit stays. The traced order is the start; a weight's gradient comes in
 front of the input's where the activation that it reads is the larger, and an update stands where its gradient is final.
 
+Then an op that writes more than its inputs hold goes behind the highest moment, if that lowers it: a wide layer's
+gradient is returned at the end, whenever it is made, and what it is made of is small.
+
 At a moment are counted: what the half wrote and still reads, what the op writes, and the saved activations that it
 reads. Others are left out, because a plan may drop them and recompute them later.
 """
@@ -33,7 +36,7 @@ def reorder(graph: Graph) -> bool:
     order: list[GraphOp] = []
     for backward in (False, True):
         half = [op for op in graph.ops if op.backward is backward]
-        order += _Half(graph, half, taken, late).exchanged()
+        order += _Half(graph, half, taken, late).rearranged()
     if [op.id for op in order] == list(range(len(order))):
         return False
     _move(graph, order)
@@ -104,10 +107,20 @@ class _Half:
             self.added[op.id] = self._bytes(op.writes)
             self.unread[op.id] = self._bytes(s for s in op.writes if s not in read and s not in kept)
             self.changed[op.id] = _overwritten(self.graph, op)
-            self.last.update(dict.fromkeys(self.reads[op.id], op.id))
-        self.trifle = self._highest() // TRIFLE
+        self.last = self._last(self.ops)
+        self.trifle = self._highest(self.ops)[0] // TRIFLE
 
-    def exchanged(self) -> list[GraphOp]:
+    def rearranged(self) -> list[GraphOp]:
+        """Return the ops after every exchange and every far move that helps."""
+        order = self._exchanged()
+        while (lower := self._postponed(order)) is not None:
+            order = lower
+        return order
+
+    def _last(self, order: Sequence[GraphOp]) -> dict[int, int]:
+        return {s: op.id for op in order for s in self.reads[op.id]}
+
+    def _exchanged(self) -> list[GraphOp]:
         """Return the ops after every exchange that helps."""
         order = list(self.ops)
         wait = deque(range(1, len(order)))
@@ -142,13 +155,35 @@ class _Half:
         instead = max(self._at(b, both), self._then(b, both) + self._at(a))
         return now - instead > self.trifle
 
-    def _highest(self) -> int:
-        """Return the bytes at the highest moment of the traced order."""
-        level = highest = 0
-        for op in self.ops:
-            highest = max(highest, level + self._at(op.id))
+    def _postponed(self, order: Sequence[GraphOp]) -> list[GraphOp] | None:
+        """Return the ops with one of them moved as far as it can, where the highest moment is lower then.
+
+        None: none of those up to that moment helps.
+        """
+        top, at = self._highest(order)
+        gains = {t: self._gain(order[t].id) for t in range(at + 1)}
+        for t in sorted((t for t in gains if gains[t] > self.trifle), key=gains.__getitem__, reverse=True):
+            end = next((u for u in range(t + 1, len(order)) if self._bound(order[t], order[u])), len(order))
+            moved = [*order[:t], *order[t + 1 : end], order[t], *order[end:]]
+            before, self.last = self.last, self._last(moved)
+            if end > at and top - self._highest(moved)[0] > self.trifle:
+                return moved
+            self.last = before
+        return None
+
+    def _gain(self, op: int) -> int:
+        """Return the bytes that the op writes beyond all that it reads, which may have to be held until then."""
+        return self.added[op] - self.unread[op] - self._bytes(self.reads[op]) - self.saved[op]
+
+    def _highest(self, order: Sequence[GraphOp]) -> tuple[int, int]:
+        """Return the bytes at the highest moment of an order, and its place there."""
+        level = highest = place = 0
+        for t, op in enumerate(order):
+            now = level + self._at(op.id)
+            if now > highest:
+                highest, place = now, t
             level += self._then(op.id)
-        return highest
+        return highest, place
 
     def _at(self, i: int, still: Set[int] = frozenset()) -> int:
         """Return the bytes at op i beyond what was there before it, where `still` is read later."""
