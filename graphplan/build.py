@@ -30,9 +30,12 @@ def build_graph(
     interface = Interface(joint, model, traced, prefix)
     backward = normalise(module, interface, model, extend)
     graph = _assemble(module, interface, backward, name)
+    as_traced = [op.name for op in graph.ops]
     if reorder(graph):
         graph = _assemble(module, interface, backward, name)
-    return replace(graph, fingerprint=fingerprint_of(module, graph.ops, graph.storages))
+    ids = {op.name: op.id for op in graph.ops}
+    fingerprint = fingerprint_of(module, graph.ops, graph.storages)
+    return replace(graph, fingerprint=fingerprint, traced=tuple(ids[name] for name in as_traced))
 
 
 def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Node], name: str) -> Graph:

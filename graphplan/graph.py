@@ -115,6 +115,7 @@ class Graph:
     ops: tuple[GraphOp, ...]
     storages_of: dict[str, tuple[int, ...]]  # node name -> storages that its value touches
     fingerprint: str
+    traced: tuple[int, ...] = ()  # the ops' ids in the order in which they were traced
 
     @property
     def nodes(self) -> dict[str, fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -164,3 +165,14 @@ def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:
     return replace(op, workspace_bytes=workspace_bytes)
+
+
+def traced_program(graph: Graph, instructions: Instructions) -> tuple[int, ...]:
+    """Return the program as plain PyTorch runs it: every op of a half where it was traced."""
+    place: dict[int | None, int] = {op: t for t, op in enumerate(graph.traced)}
+    ops = [item.op for item in instructions.items]
+    found: list[int] = []
+    for half, run in itertools.groupby(instructions.program, key=lambda p: ops[p] is not None):
+        part = list(run)
+        found.extend(sorted(part, key=lambda p: place[ops[p]]) if half else part)
+    return tuple(found)

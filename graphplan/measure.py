@@ -117,6 +117,10 @@ def tensors_bytes(*structures: Any) -> int:
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
+class LossFails(GraphplanError):
+    """The caller's loss cannot be run on outputs of the captured shapes."""
+
+
 @dataclass(frozen=True, slots=True)
 class LossMemory:
     """What the caller's loss holds beside the model's outputs: at most, and still while the model's backward runs.
@@ -140,7 +144,7 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
     `peak_bytes` includes the gradients that it hands back, `held_bytes` does not.
 
     Raises:
-        GraphplanError: the loss fails on outputs of the captured shapes; its own error is the cause.
+        LossFails: the loss fails on outputs of the captured shapes; its own error is the cause.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         made, alone = _made_outputs(captured), list[bool]()
@@ -157,7 +161,7 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
             run()
             reading = peak_of(run, device)
         except Exception as e:
-            raise GraphplanError(
+            raise LossFails(
                 f"loss_fn fails on outputs of the captured shapes ({type(e).__name__}: {e}); it is called as "
                 f"loss_fn(outputs{', example_targets' if targets is not None else ''}) and must return a scalar"
             ) from e

@@ -19,7 +19,7 @@ from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import asking_inputs, lower, noise_ppb, outputs_bytes, without_codecs
+from graphplan.lower import asking_inputs, lower, noise_ppb, outputs_bytes, traced_program, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
 from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
@@ -154,7 +154,8 @@ def prepare(
     held = outside.held_bytes + targets
     problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
     unplanned = asking_inputs(problem.out_of_place(), graph, instructions)
-    baseline = simulate(unplanned, problem.program).peak_bytes
+    programs = (traced_program(graph, instructions), problem.program)  # plain PyTorch's order, and ours
+    baseline = max(simulate(unplanned, p).peak_bytes for p in programs)
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
         graph=graph,

@@ -23,6 +23,7 @@ from graphplan.graph import Graph, GraphOp, StorageKind
 from graphplan.in_place import operands_of
 
 TRIFLE = 64  # gains below this part of the half's highest moment are not worth another order than the traced one
+FAR_TRIFLE = 1024  # the same, of far moves: small, so that a smaller batch, which gains less by them, makes them, too
 _THERE = frozenset({StorageKind.OUTPUT, StorageKind.TANGENT})  # whatever the order of the backward
 
 
@@ -161,19 +162,21 @@ class _Half:
         None: none of those up to that moment helps.
         """
         top, at = self._highest(order)
-        gains = {t: self._gain(order[t].id) for t in range(at + 1)}
-        for t in sorted((t for t in gains if gains[t] > self.trifle), key=gains.__getitem__, reverse=True):
+        trifle = top // FAR_TRIFLE
+        gains = {t: self._gain(order[t]) for t in range(at + 1)}
+        for t in sorted((t for t in gains if gains[t] > trifle), key=gains.__getitem__, reverse=True):
             end = next((u for u in range(t + 1, len(order)) if self._bound(order[t], order[u])), len(order))
             moved = [*order[:t], *order[t + 1 : end], order[t], *order[end:]]
             before, self.last = self.last, self._last(moved)
-            if end > at and top - self._highest(moved)[0] > self.trifle:
+            if end > at and top - self._highest(moved)[0] > trifle:
                 return moved
             self.last = before
         return None
 
-    def _gain(self, op: int) -> int:
+    def _gain(self, op: GraphOp) -> int:
         """Return the bytes that the op writes beyond all that it reads, which may have to be held until then."""
-        return self.added[op] - self.unread[op] - self._bytes(self.reads[op]) - self.saved[op]
+        held = (s for s in op.reads if not self.graph.storages[s].kind.fixed)
+        return self.added[op.id] - self.unread[op.id] - self._bytes(held)
 
     def _highest(self, order: Sequence[GraphOp]) -> tuple[int, int]:
         """Return the bytes at the highest moment of an order, and its place there."""

@@ -22,9 +22,11 @@ from graphplan.choices import (
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.lift import Prepared
+from graphplan.measure import LossFails
 from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
 from graphplan.progress import bars
+from graphplan.replay import pick
 from graphplan.units import parse_budget
 
 P = TypeVar("P")
@@ -50,6 +52,7 @@ class Planner(Generic[P]):
         self.entries: dict[Hashable, Entry[P]] = {}
         self.latest: Entry[P] | None = None
         self._grounds: dict[Hashable, Candidates] = {}
+        self._samples = 0  # of the batch that the example's targets belong to
 
     def entry(self, key: Hashable, sources: Sources) -> Entry[P]:
         """Return the entry for `key`, planned now if it is new."""
@@ -66,8 +69,9 @@ class Planner(Generic[P]):
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
         with bars() as report, torch.enable_grad():
-            source = replace(sources(), batch=None)  # the noise of a plan made elsewhere was measured there
             options = replace(self.options, report=report, released=frozenset(plan.released))
+            source, options = self._fitted(sources(), options)
+            source = replace(source, batch=None)  # the noise of a plan made elsewhere was measured there
             candidates = self._candidates(key, source, options)
             if plan.parts > 1 and source.in_parts is not None:
                 candidates = (candidate_in_parts(candidates[0], options, source.in_parts, plan.parts),)
@@ -104,7 +108,7 @@ class Planner(Generic[P]):
 
     def share(self, other: Planner[P]) -> None:
         """Take over what `other` has captured and measured, not its plans."""
-        self.device, self._grounds = other.device, other._grounds
+        self.device, self._grounds, self._samples = other.device, other._grounds, other._samples
 
     def copy_of(self, other: Planner[P]) -> None:
         """Take over everything, plans included: they hold no parameter."""
@@ -113,14 +117,32 @@ class Planner(Generic[P]):
 
     def _make(self, key: Hashable, sources: Sources) -> Entry[P]:
         with bars() as report, torch.enable_grad():
-            options = replace(self.options, report=report)
-            source = sources()
-            candidates = self._candidates(key, source, options)
+            source, options = self._fitted(sources(), replace(self.options, report=report))
+            try:
+                candidates = self._candidates(key, source, options)
+            except LossFails:
+                if not self._grounds:
+                    raise
+                # Targets of other lengths than the example's: the rule for an unknown loss is the next best.
+                source, options = _without_loss(source), replace(options, loss_fn=None)
+                candidates = self._candidates(key, source, options)
             for candidate in candidates:
                 plan = None if self.latest is None else carry(self.latest.plan, candidate.prepared, options)
                 if plan is not None:
                     return self._entry(candidate, plan)
             return self._entry(*choose(candidates, options, source))
+
+    def _fitted(self, source: Source, options: Options) -> tuple[Source, Options]:
+        """Return both with targets for as many samples as the batch has, made of the example's."""
+        if options.example_targets is None or source.batch is None:
+            return source, options
+        size = source.batch.size
+        self._samples = self._samples or size
+        if size in (0, self._samples):
+            return source, options
+        targets = pick(options.example_targets, self._samples, torch.arange(size) % self._samples)
+        batch = replace(source.batch, targets=targets)
+        return replace(source, batch=batch), replace(options, example_targets=targets)
 
     def _entry(self, candidate: Candidate, plan: Plan) -> Entry[P]:
         check_plan(candidate.captured, candidate.prepared, plan)
@@ -142,3 +164,8 @@ class Planner(Generic[P]):
         if self.device is None or self.device.threads != torch.get_num_threads():
             self.device = Device.this(like)
         return self.device
+
+
+def _without_loss(source: Source) -> Source:
+    batch = source.batch
+    return source if batch is None else replace(source, batch=replace(batch, loss_fn=None, targets=None))

@@ -42,13 +42,13 @@ class Batch:
 
     def of(self, samples: Tensor) -> Batch:
         """Return the batch of these of its samples, int64 (size,)."""
-        template, targets = Template.of(self.targets)
-        picked = template.fill(self._pick(targets, samples))
         known = samples if self.samples is None else self.samples[samples]
-        return Batch(self.model, self._pick(self.tensors, samples), self.loss_fn, picked, known)
+        tensors, picked = self._pick(self.tensors, samples), pick(self.targets, self.size, samples)
+        return Batch(self.model, tensors, self.loss_fn, picked, known)
 
     def _pick(self, tensors: Sequence[Tensor], samples: Tensor) -> list[Tensor]:
-        return [t.detach()[samples] if t.dim() and t.shape[0] == self.size else t for t in tensors]
+        picked: list[Tensor] = pick(list(tensors), self.size, samples)
+        return picked
 
     def primals(self, graph: Graph) -> list[Tensor]:
         """Return the graph's inputs; a copy of what the step changes."""
@@ -81,6 +81,12 @@ class Batch:
         random = torch.Generator().manual_seed(TANGENT_SEED)
         drawn = [torch.randn(o.shape, generator=random).to(o) for o in outputs]
         return drawn if self.samples is None else self._pick(drawn, self.samples)
+
+
+def pick(structure: Any, size: int, samples: Tensor) -> Any:
+    """Return `structure` with `samples`, int64, of every tensor in it that has `size` of them, detached."""
+    template, tensors = Template.of(structure)
+    return template.fill([t.detach()[samples] if t.dim() and t.shape[0] == size else t for t in tensors])
 
 
 class Tape:

@@ -41,6 +41,37 @@ def test_a_larger_batch_that_no_longer_fits_is_solved_again() -> None:
     assert planned.plan.peak_bytes <= unplanned.peak_bytes
 
 
+def test_the_loss_of_other_batches_is_measured_on_the_example_s_targets() -> None:
+    entry = MODELS["resnet18"]
+    model, example = entry.build_small(), entry.example_small()
+    (x,), y = example.inputs, example.targets
+    loss = nn.functional.cross_entropy
+    planned = graphplan.optimize(model, "100%", (x,), loss_fn=loss, example_targets=y, time_limit=5)
+    for images, labels in ((x[:3].clone(), y[:3].clone()), (torch.cat([x, x]), torch.cat([y, y]))):
+        loss(planned(images), labels).backward()
+        model.zero_grad()
+        assert "for the loss (measured)" in str(planned.plan)
+        found = graphplan.measure(planned, (images,), loss, example_targets=labels)
+        assert found.peak_bytes <= planned.plan.peak_bytes <= planned.plan.budget_bytes
+
+
+def test_a_longer_sequence_is_planned_without_its_targets() -> None:
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 50))
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    x = torch.randint(50, (8, 32))
+    lossy: dict[str, Any] = {"codecs": "lossy", "loss_fn": loss, "example_targets": x}
+    planned = graphplan.optimize(model, "90%", (x,), time_limit=5, **lossy)
+    for length in (24, 48):
+        tokens = torch.randint(50, (8, length))
+        loss(planned(tokens), tokens).backward()
+        assert "for the loss (measured)" not in str(planned.plan)
+        found = graphplan.measure(planned, (tokens,), loss, example_targets=tokens)
+        assert found.peak_bytes <= planned.plan.peak_bytes <= planned.plan.budget_bytes
+
+
 @pytest.fixture
 def threads() -> Iterator[int]:
     """Give the number of threads back."""
