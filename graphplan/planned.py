@@ -221,7 +221,7 @@ def optimize(
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
-        example_targets: second argument of `loss_fn`, if it takes one.
+        example_targets: second argument of `loss_fn`, if it takes one; for batches of other sizes, samples of it.
         noise: estimates made before (`graphplan.estimate_noise`); None estimates with this batch and `loss_fn`,
             which takes the memory of all activations and their gradients once.
 
