@@ -155,7 +155,7 @@ def prepare(
     problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
     unplanned = asking_inputs(problem.out_of_place(), graph, instructions)
     programs = (traced_program(graph, instructions), problem.program)  # plain PyTorch's order, and ours
-    baseline = max(simulate(unplanned, p).peak_bytes for p in programs)
+    baseline = max(simulate(replace(unplanned, program=p), p).peak_bytes for p in programs)
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
         graph=graph,
