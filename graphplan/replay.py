@@ -149,7 +149,7 @@ def changed_gradients(tape: Tape, encode: Instruction, readers: Sequence[Instruc
     again = _Again(tape, key)
     with torch.no_grad(), torch._C._DisableAutocast():
         encode.emit(again)
-        again.backward(_by_node(tape, readers))
+        again.backward({tape.graph.ops[r.op].node: r for r in readers if r.op is not None})
     return {name: again.changed[n] for name, n in tape.gradients.items() if n in again.changed}
 
 
@@ -161,10 +161,6 @@ def reader_errors(tape: Tape, encode: Instruction, readers: Sequence[Instruction
         for reader in readers:
             reader.emit(again)
     return {n.name: _distance(value, tape.values[n]) for n, value in again.changed.items()}
-
-
-def _by_node(tape: Tape, readers: Sequence[Instruction]) -> dict[fx.Node, Instruction]:
-    return {tape.graph.ops[r.op].node: r for r in readers if r.op is not None}
 
 
 class _Again:
@@ -216,7 +212,8 @@ class _Again:
 
 def _distance(a: Any, b: Any) -> float:
     if isinstance(a, Tensor):
-        return float(torch.linalg.vector_norm(a - b, dtype=torch.float64)) ** 2
+        difference = a - b if a.is_floating_point() else (a != b).float()
+        return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
     return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
 
 
