@@ -11,11 +11,12 @@ from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget, PlanMismatch
 from graphplan.graph import Graph, StorageKind
 from graphplan.instructions import Instructions
-from graphplan.lower import asking_inputs, values_of
+from graphplan.lower import values_of
 from graphplan.noise import PPB, Noise
 from graphplan.plan import Decision, Plan
 from graphplan.profile import Profile
 from graphplan.units import format_bytes
+from graphplan.unplanned import asking_inputs, with_wide_masks
 from solvers import Problem, Schedule, Solution, simulate
 
 PEAK_ROWS = 12
@@ -87,6 +88,7 @@ def _saved(prepared: Prepared, schedule: Schedule, peak_bytes: int) -> tuple[tup
     without = {
         "writing over operands that die": problem.out_of_place(),
         "asking results in place of inputs": asking_inputs(problem, prepared.graph, prepared.instructions),
+        "keeping dropout's masks as booleans": with_wide_masks(problem, prepared.graph, prepared.instructions),
     }
     if prepared.graph.update:
         ops = prepared.graph.ops

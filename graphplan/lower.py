@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -74,18 +73,6 @@ def lower(
     )
     problem.verify()
     return problem
-
-
-def asking_inputs(problem: Problem, graph: Graph, instructions: Instructions) -> Problem:
-    """Return `problem` with backwards reading inputs, as autograd's do, where the graph lets them ask results."""
-    index = {s: v for v, s in enumerate(values_of(graph, instructions))}
-    ops = list(problem.ops)
-    for o, item in enumerate(instructions.items):
-        meta = graph.ops[item.op].node.meta if item.kind == "op" and item.op is not None else {}
-        if "graphplan_asked" in meta:
-            more = (index[s] for s in graph.storages_of[meta["graphplan_asked"]] if s in index)
-            ops[o] = replace(ops[o], reads=tuple(dict.fromkeys((*ops[o].reads, *more))))
-    return replace(problem, ops=tuple(ops))
 
 
 def noise_ppb(graph: Graph, code: Encoded, noise: Noise | None) -> int:
@@ -165,14 +152,3 @@ def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:
     return replace(op, workspace_bytes=workspace_bytes)
-
-
-def traced_program(graph: Graph, instructions: Instructions) -> tuple[int, ...]:
-    """Return the program as plain PyTorch runs it: every op of a half where it was traced."""
-    place: dict[int | None, int] = {op: t for t, op in enumerate(graph.traced)}
-    ops = [item.op for item in instructions.items]
-    found: list[int] = []
-    for half, run in itertools.groupby(instructions.program, key=lambda p: ops[p] is not None):
-        part = list(run)
-        found.extend(sorted(part, key=lambda p: place[ops[p]]) if half else part)
-    return tuple(found)

@@ -9,6 +9,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
+from graphplan import functions
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
 from graphplan.scatters import shrink_scatters
@@ -45,6 +46,7 @@ def normalise(
     shrink_scatters(graph, interface)
     mend_strides(graph)
     _mend_whole_dropout(graph)
+    _mend_dropout_backward(graph)
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
     merge_views(graph)
@@ -96,6 +98,15 @@ def _mend_whole_dropout(graph: fx.Graph) -> None:
             else:
                 item.target, item.args, item.kwargs = aten.zeros_like.default, (x,), {"dtype": torch.bool}
         graph.erase_node(node)
+
+
+def _mend_dropout_backward(graph: fx.Graph) -> None:
+    """Multiply gradients by dropout's mask as eager mode does, and with no wide copy of the mask beside them."""
+    for node in graph.find_nodes(op="call_function", target=aten.native_dropout_backward.default):
+        (grad, mask), made = (n.meta["val"] for n in node.all_input_nodes), node.meta["val"]
+        like = (grad.dtype, torch.empty_like(grad).stride()) == (made.dtype, made.stride())
+        if made.device.type == "cpu" and mask.dtype is torch.bool and like:
+            node.target = functions.dropout_backward
 
 
 def _decide_by_results(graph: fx.Graph, interface: Interface) -> None:

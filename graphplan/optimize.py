@@ -19,7 +19,7 @@ from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import asking_inputs, lower, noise_ppb, outputs_bytes, traced_program, without_codecs
+from graphplan.lower import lower, noise_ppb, outputs_bytes, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
 from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
@@ -29,6 +29,7 @@ from graphplan.release import can_release
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.units import check_budget, parse_budget
+from graphplan.unplanned import unplanned_peak
 from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
@@ -153,9 +154,7 @@ def prepare(
     cap = options.gradient_noise if noise is not None else 0.0
     held = outside.held_bytes + targets
     problem = lower(graph, instructions, costs, outside.peak_bytes, held, noise=noise, gradient_noise=cap)
-    unplanned = asking_inputs(problem.out_of_place(), graph, instructions)
-    programs = (traced_program(graph, instructions), problem.program)  # plain PyTorch's order, and ours
-    baseline = max(simulate(replace(unplanned, program=p), p).peak_bytes for p in programs)
+    baseline = unplanned_peak(problem, graph, instructions)
     problem = problem.with_budget(parse_budget(options.budget, baseline))
     return Prepared(
         graph=graph,

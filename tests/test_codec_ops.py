@@ -40,6 +40,7 @@ def _examples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "unpack_pool_indices": (functions.unpack_pool_indices, (codes, found.shape, found.stride(), *POOLING)),
         "narrow_integers": (functions.narrow_integers, (found, torch.uint8)),
         "widen_integers": (functions.widen_integers, (found.to(torch.uint8), torch.int64)),
+        "dropout_backward": (functions.dropout_backward, (x, x > 0, 2.0)),
         "dropout_from_mask": (functions.dropout_from_mask, (x, x > 0, 0.5)),
         "from_sides": (functions.from_sides(threshold, 1), given),
         "from_sides, over": (functions.from_sides(threshold, 1, 0), given),

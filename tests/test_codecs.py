@@ -170,6 +170,7 @@ def test_elementwise_ops_on_a_bool(shape: list[int], dtype: torch.dtype, random:
     zero = torch.zeros((), dtype=dtype)
     for op, at, args in (
         (aten.native_dropout_backward.default, 1, (grad, mask, 1.25)),
+        (functions.dropout_backward, 1, (grad, mask, 1.1)),
         (aten.where.self, 0, (mask, grad, zero)),
         (aten.where.self, 0, (mask, zero, grad)),
         (aten.masked_fill.Scalar, 1, (grad, mask, -1.0)),
@@ -332,16 +333,6 @@ def test_narrow_integers(plane: int) -> None:
     dtype = next(d for d in _WIDTHS if plane - 1 <= torch.iinfo(d).max)
     x = torch.tensor([0, plane // 2, plane - 1])
     assert torch.equal(functions.widen_integers(functions.narrow_integers(x, dtype), torch.int64), x)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dropout_from_its_mask(p: float, dtype: torch.dtype) -> None:
-    x = torch.randn(33, 17, dtype=dtype)
-    x[0] = SPECIAL[:1].to(dtype)
-    out, mask = aten.native_dropout.default(x, p, True)
-    again = functions.dropout_from_mask(x, mask, p)
-    assert torch.equal(out.nan_to_num(7), again.nan_to_num(7))
 
 
 def test_chunks_bound_the_temporaries() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphplan.functions.bits import CHUNK, is_dense, packed_bytes, unpack_bits
 from graphplan.functions.derived import from_shape, from_sides
+from graphplan.functions.dropout import dropout_backward, dropout_from_mask
 from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
 from graphplan.functions.mixed import Planes, dequantise_channels, mixed_bytes, quantise_channels
 from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
@@ -28,6 +29,7 @@ __all__ = [
     "Pooling",
     "dequantise",
     "dequantise_channels",
+    "dropout_backward",
     "dropout_from_mask",
     "from_shape",
     "from_sides",
@@ -67,11 +69,3 @@ def narrow_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
 def widen_integers(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `x` in its original integer `dtype`."""
     return x.to(dtype)
-
-
-@registered("(Tensor x, Tensor mask, float p) -> Tensor", lambda x, mask, p: torch.empty_like(x))
-def dropout_from_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """Return native_dropout's output for the `mask` it drew: the same two products, no random number."""
-    scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    # This overload rounds the scale to x's dtype first, as native_dropout does; `mul_(scale)` does not.
-    return torch.ops.aten.mul_.Scalar(x.mul(mask), scale)  # type: ignore[no-any-return]

@@ -19,12 +19,14 @@ _DERIVED: dict[str, torch._ops.OpOverload] = {}
 _LOCK = Lock()  # a name can be defined once in a process
 
 
-def registered(schema: str, fake: Function) -> Callable[[Function], torch._ops.OpOverload]:
+def registered(
+    schema: str, fake: Function, tags: Sequence[torch.Tag] = ()
+) -> Callable[[Function], torch._ops.OpOverload]:
     """Make the decorated function the op of its name; `fake` makes its result without reading values."""
 
     def wrap(function: Function) -> torch._ops.OpOverload:
         name = f"{NAMESPACE}::{function.__name__}"
-        torch.library.custom_op(name, function, mutates_args=(), schema=schema).register_fake(fake)
+        torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=tags).register_fake(fake)
         return getattr(torch.ops.graphplan, function.__name__).default  # type: ignore[no-any-return]
 
     return wrap

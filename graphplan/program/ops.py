@@ -55,6 +55,7 @@ new_zeros.default ones.default ones_like.default scalar_tensor.default zeros.def
 """.split()
 
 OWN = (
+    functions.dropout_backward,
     functions.dropout_from_mask,
     functions.narrow_integers,
     functions.pack_pool_indices,
@@ -97,7 +98,7 @@ def targets() -> dict[str, Target]:
 def _derived() -> dict[str, tuple[torch._ops.OpOverload, int]]:
     """Return (base op, argument) of every form that could read an encoding, by the packet's name."""
     found = {}
-    for op in base_ops().values():
+    for op in (*base_ops().values(), *(op for op in OWN if torch.Tag.pointwise in op.tags)):
         for i, argument in enumerate(op._schema.arguments):
             if str(argument.type) == "Tensor":
                 for suffix in ("from_sides", "from_shape"):
