@@ -87,10 +87,10 @@ def sides() -> Cases:
         cases[f"{name} itself"] = (partial(op, grad, x, *consts), None)
         cases[f"{name} from bits"] = (partial(plain, *args), None)
         cases[f"{name} from bits, over grad"] = (partial(over, *args), None)
-    dropout = aten.native_dropout_backward.default
+    dropout = functions.dropout_backward
     form, args = from_sides(dropout, 1), (bits, 0, [0.0, 1.0], torch.bool, (NUMEL,), (1,), *out, grad, 1.25)
-    cases["native_dropout_backward itself"] = (lambda: dropout(grad, mask, 1.25), None)
-    cases["native_dropout_backward from bits"] = (lambda: form(*args), None)
+    cases["dropout_backward itself"] = (lambda: dropout(grad, mask, 1.25), None)
+    cases["dropout_backward from bits"] = (lambda: form(*args), None)
     return cases
 
 
