@@ -14,6 +14,7 @@ import numpy as np
 from solvers.bounds import ANY_PLAN, cost_floor
 from solvers.evaluate import Fates, allowed, keep_everything, profiles, to_schedule
 from solvers.problem import Limits, Problem, Solution
+from solvers.promising import Promising
 from solvers.search import Search
 from solvers.units import Int64, Units, build_units
 
@@ -21,6 +22,10 @@ POOL = 48  # flips looked at again in every step; all of them are, whenever the 
 STRIDE = 8  # of that many flips at most one is taken in one step
 MISSES = 4  # flips that no longer help, before polish evaluates all of them again
 CELLS = 1_000_000  # plans x positions evaluated at once
+REPAIR_SHARE = 0.6  # of the time: a plan at all comes first
+POLISH_SHARE = 0.1  # of the time at least
+PLAN_WORK = 1.2e-7  # of one position of one plan that is evaluated
+LOOK = 0.2  # work of one look at flips; where there are more, the most promising are looked at first
 
 
 def solve_greedy(problem: Problem, limits: Limits) -> Solution:
@@ -35,7 +40,9 @@ def solve_greedy(problem: Problem, limits: Limits) -> Solution:
 
 def improve(search: Search, units: Units, start: Fates, tries: int = 8) -> None:
     """Repair `start` until it fits, polish it, and offer what comes of it to `search`."""
+    share, search.share = search.share, max(search.share, REPAIR_SHARE)
     fates = repair(search, units, start)
+    search.share = max(share, min(1.0, search.seconds() / search.limits.seconds + POLISH_SHARE))
     if fates is None:
         return
     search.offer(to_schedule(units, fates), fates)
@@ -48,6 +55,22 @@ def flips(units: Units, fates: Fates) -> Int64:
     """Return every (unit, other fate) pair."""
     pairs = [(a, m) for a, u in enumerate(units.units) for m in range(len(u.fates)) if m != fates[a]]
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def savings(units: Units, fates: Fates) -> Int64:
+    """Return the flips that could save time: of units that cost some, or to a fate that costs less than none."""
+
+    def price(a: int, m: int) -> int:
+        fate = units.units[a].fates[m]
+        return fate.cost_ns + fate.restore_ns
+
+    found = [
+        (a, m)
+        for a, u in enumerate(units.units)
+        for m in range(len(u.fates))
+        if m != fates[a] and (price(a, fates[a]) > 0 or price(a, m) < price(a, fates[a]))
+    ]
+    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def try_flips(units: Units, fates: Fates, pairs: Int64, budget: float) -> tuple[Int64, np.ndarray, Int64]:
@@ -77,15 +100,16 @@ def descend(search: Search, units: Units, start: Fates, budget: float, by_area: 
     Flips that kept their promise together are doubled, so that a thousand of them take few evaluations.
     """
     walk = _Walk(search, units, start.copy(), budget)
-    pool, fresh, several = flips(units, start), True, 1
+    pool, several = walk.pool(), 1
+    fresh = True
     while walk.area > 0 and search.left() > 0 and len(pool):
         costs, areas, peaks = walk.look(pool)
         score = (walk.area - areas) / np.maximum(costs - walk.cost, 1)
         order = np.argsort(-score, kind="stable")[: max(1, np.isfinite(areas).sum())]
         if areas[order[0]] >= walk.area:
-            if fresh:
+            if fresh and walk.whole:
                 break
-            pool, fresh = flips(units, walk.fates), True
+            pool, fresh = walk.pool(whole=fresh), True
             continue
         took = several > 1 and walk.take(
             pool[order[:several]], walk.area - (walk.area - areas[order[:several]]).sum() / 2
@@ -96,7 +120,7 @@ def descend(search: Search, units: Units, start: Fates, budget: float, by_area: 
         taken = pool[order[:several], 0]
         several = min(2 * several, len(order) // STRIDE + 1)
         fresh = len(pool) <= POOL // 4
-        pool = flips(units, walk.fates) if fresh else pool[order[: POOL + len(taken)]]
+        pool = walk.pool() if fresh else pool[order[: POOL + len(taken)]]
         pool = pool[~np.isin(pool[:, 0], taken)]
     return walk.fates if by_area else walk.best
 
@@ -108,7 +132,20 @@ class _Walk:
         self.search, self.units, self.budget = search, units, budget
         self.best, self.best_peak = fates, np.iinfo(np.int64).max
         self.fates, self.cost, self.area = fates, 0, 0.0
+        self.promising: Promising | None = None
+        self.whole = True  # whether the last pool was of all flips
         self._stand(allowed(units, fates))
+
+    def pool(self, whole: bool = False) -> Int64:
+        """Return all flips; the most promising, where it is not asked for the whole and that is too large a look."""
+        pool = flips(self.units, self.fates)
+        self.whole = whole or evaluation(self.units, len(pool)) <= LOOK
+        if self.whole:
+            return pool
+        self.promising = self.promising or Promising(self.units)
+        self.search.spend(evaluation(self.units, 1))
+        count = int((LOOK - evaluation(self.units, 0)) / PLAN_WORK / len(self.units.problem.program))
+        return self.promising.best(self.fates, self.budget, max(POOL, count))
 
     def _stand(self, fates: Fates) -> None:
         now = profiles(self.units, fates[None, :])
@@ -145,7 +182,7 @@ class _Walk:
 
 def evaluation(units: Units, plans: int) -> float:
     """Return what evaluating so many plans costs, in the unit of `Search.spend`."""
-    return 25e-6 * len(units.units) + 1.2e-7 * plans * len(units.problem.program)
+    return 25e-6 * len(units.units) + PLAN_WORK * plans * len(units.problem.program)
 
 
 def polish(search: Search, units: Units, fates: Fates, budget: float | None = None) -> Fates:
@@ -154,7 +191,7 @@ def polish(search: Search, units: Units, fates: Fates, budget: float | None = No
     cost = int(profiles(units, fates[None, :]).cost_ns[0])
     improved = True
     while improved and search.left() > 0:
-        pairs, improved, misses = flips(units, fates), False, 0
+        pairs, improved, misses = savings(units, fates), False, 0
         if not len(pairs):
             break
         costs, areas, _ = try_flips(units, fates, pairs, budget)

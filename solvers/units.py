@@ -56,6 +56,8 @@ class Units:
     clashes: tuple[tuple[tuple[int, int], ...], ...]
     soft: dict[ValueId, tuple[int, Held]]  # undecided values that a unit's restore writes again, and which unit
     floor_bytes: Int64  # base_bytes without the soft values after their last forward read
+    workspace_bytes: Int64  # of program[t]
+    program_cost_ns: int
 
 
 def build_units(problem: Problem) -> Units:
@@ -79,7 +81,9 @@ def build_units(problem: Problem) -> Units:
     floor = base.copy()
     for _, h in soft.values():
         floor[h.last_forward + 1 : h.last_backward + 1] -= h.size_bytes
-    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered), soft, floor)
+    workspace = np.array([problem.ops[o].workspace_bytes for o in problem.program], np.int64)
+    cost = problem.program_cost_ns()
+    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered), soft, floor, workspace, cost)
 
 
 def rewrites(problem: Problem, fate: Fate) -> frozenset[ValueId]:
