@@ -61,7 +61,7 @@ def sides() -> Cases:
     """Return packing, unpacking, and backward ops run from bits beside the ops themselves."""
     import torch
 
-    from graphplan.functions import SIDES, from_sides, pack_sides, unpack_bits
+    from graphplan.functions import SIDES, dropout_backward, from_sides, pack_sides, unpack_bits
 
     aten = torch.ops.aten
     x, grad = torch.randn(NUMEL), torch.randn(NUMEL)
@@ -87,9 +87,8 @@ def sides() -> Cases:
         cases[f"{name} itself"] = (partial(op, grad, x, *consts), None)
         cases[f"{name} from bits"] = (partial(plain, *args), None)
         cases[f"{name} from bits, over grad"] = (partial(over, *args), None)
-    dropout = functions.dropout_backward
-    form, args = from_sides(dropout, 1), (bits, 0, [0.0, 1.0], torch.bool, (NUMEL,), (1,), *out, grad, 1.25)
-    cases["dropout_backward itself"] = (lambda: dropout(grad, mask, 1.25), None)
+    form, args = from_sides(dropout_backward, 1), (bits, 0, [0.0, 1.0], torch.bool, (NUMEL,), (1,), *out, grad, 1.25)
+    cases["dropout_backward itself"] = (lambda: dropout_backward(grad, mask, 1.25), None)
     cases["dropout_backward from bits"] = (lambda: form(*args), None)
     return cases
 

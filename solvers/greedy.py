@@ -24,8 +24,8 @@ MISSES = 4  # flips that no longer help, before polish evaluates all of them aga
 CELLS = 1_000_000  # plans x positions evaluated at once
 REPAIR_SHARE = 0.6  # of the time: a plan at all comes first
 POLISH_SHARE = 0.1  # of the time at least
-PLAN_WORK = 1.2e-7  # of one position of one plan that is evaluated
-LOOK = 0.2  # work of one look at flips; where there are more, the most promising are looked at first
+PLAN_WORK = 6e-8  # of one position of one plan that is evaluated
+LOOK = 0.3  # work of one look at flips; where there are more, the most promising are looked at first
 
 
 def solve_greedy(problem: Problem, limits: Limits) -> Solution:
@@ -182,7 +182,7 @@ class _Walk:
 
 def evaluation(units: Units, plans: int) -> float:
     """Return what evaluating so many plans costs, in the unit of `Search.spend`."""
-    return 25e-6 * len(units.units) + PLAN_WORK * plans * len(units.problem.program)
+    return 12e-6 * len(units.units) + PLAN_WORK * plans * len(units.problem.program)
 
 
 def polish(search: Search, units: Units, fates: Fates, budget: float | None = None) -> Fates:
