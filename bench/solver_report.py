@@ -13,14 +13,16 @@ Row = dict[str, Any]
 
 def summary(rows: list[Row]) -> str:
     """Return `auto`'s times for each problem: medians over the budgets, and the slowest budget in brackets."""
-    lines = [
-        "| problem | ops | least peak, s | plan within 1 %, s | gap 0.1 %, s | worst gap left |",
-        "|---|---|---|---|---|---|",
-    ]
+    least = ("least peak, MB", "of the program's, MB", "found in, s")
+    columns = ("problem", "ops", *least, "plan within 1 %, s", "gap 0.1 %, s", "worst gap left")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, mine in _by_problem(rows):
         close, tight = (_median([r[k] for r in mine]) for k in ("close_s", "tight_s"))
         worst = max((r["gap"] for r in mine if r["gap"] is not None), default=float("nan"))
-        lines.append(f"| {name} | {mine[0]['ops']} | {mine[0]['least_s']:.1f} | {close} | {tight} | {worst:.3%} |")
+        first = mine[0]
+        peaks = (f"{first[k] / 1e6:.1f}" if first.get(k) else "" for k in ("least_bytes", "top_bytes"))
+        cells = [name, str(first["ops"]), *peaks, f"{first['least_s']:.1f}", close, tight, f"{worst:.3%}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
