@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
 from graphplan.meter import Meter, Reading, peak_of
-from graphplan.release import can_release, unheld
+from graphplan.release import unheld
 from graphplan.tree import Template, arguments
 from graphplan.whole import WholeStep
 
@@ -148,7 +148,6 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         made, alone = _made_outputs(captured), list[bool]()
-        can_release()  # asked before the loss runs
         device = made[0].device if made else torch.device("cpu")
 
         def run() -> Any:
