@@ -2,8 +2,8 @@
 
 Autograd holds them as long as the backward runs. Where nobody but autograd does, their memory can move to a tensor of
 ours: then it is freed at its last use. Who holds a tensor is seen by counting references. What the counts are when
-nobody does is measured beside it each time (a tenth of a millisecond): once a compilation has failed, autograd holds one
-more.
+nobody does is measured beside it each time (a tenth of a millisecond): after a compilation that failed, autograd holds
+one more.
 """
 
 from __future__ import annotations
