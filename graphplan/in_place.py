@@ -1,4 +1,5 @@
-"""Where an op may write its result over an operand that nobody reads afterwards: an elementwise one, or a BatchNorm.
+"""Where an op may write its result over an operand that nobody reads afterwards: an elementwise one, a BatchNorm, or a
+product over what it is added to.
 
 `operands_of` says which operand of each op that could be. Whether it dies there is a matter of the schedule:
 `solvers.take_overs` says so, to `simulate` and to the rewrite alike.
@@ -123,6 +124,8 @@ def forms_of(
 
     Only those with a kernel of their own on the device: a generated one computes beside and copies.
     """
+    if target is aten.addmm.default:
+        return (aten.addmm_.default if _runs(aten.addmm_.default, key) else None), None  # `out` would be read meanwhile
     if torch.Tag.pointwise not in target.tags:
         return None, None
     own = [(a.name, str(a.type)) for a in target._schema.arguments]

@@ -49,7 +49,7 @@ def normalise(
     _mend_dropout_backward(graph)
     merge_copies(graph, (*interface.forward_results(), *interface.gradients))
     _merge_tied(graph, interface, model)
-    merge_views(graph)
+    merge_views(graph, (*interface.forward_results(), *interface.gradients))
     _decide_by_results(graph, interface)
     _copy_small_results(graph, interface)
     backward = _split(graph, interface)

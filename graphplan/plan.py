@@ -167,7 +167,7 @@ class Plan:
         """Return the plan as text: first who made it and what it promises, then every decision."""
         head = (
             f"# plan: {self.model}, {self.solver}, {self.status}; budget {format_bytes(self.budget_bytes)}, "
-            f"peak {format_bytes(self.peak_bytes)}, +{self.overhead:.2%} time, "
+            f"peak {format_bytes(self.peak_bytes)}, {self.overhead:+.2%} time, "
             f"gap {self.gap:.2%} ({self.bound_class}), {self.any_gap:.2%} (any plan in this order)"
         )
         unplanned = f"unplanned {format_bytes(self.baseline_peak_bytes)} in {format_ns(self.baseline_cost_ns)}"

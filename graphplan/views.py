@@ -27,10 +27,11 @@ def aliased_input(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def merge_views(graph: fx.Graph) -> None:
+def merge_views(graph: fx.Graph, results: Iterable[fx.Node | None]) -> None:
     """Let every reader of a view read the earliest node that is the same view of the same tensor.
 
-    `t(t(x))`, `detach(x)` and a `view` to the present shape are x itself. What the step returns stays as it is.
+    `t(t(x))`, `detach(x)` and a `view` to the present shape are x itself. What the step returns, `results`, stays as it
+    is; other views that nobody reads any more go.
     """
     base: dict[fx.Node, fx.Node] = {}
     first: dict[tuple[Any, ...], fx.Node] = {}
@@ -43,6 +44,10 @@ def merge_views(graph: fx.Graph) -> None:
         same = first.setdefault(_view(base[node], node), node)
         if same is not node:
             node.replace_all_uses_with(same, delete_user_cb=lambda user: user.op != "output")
+    stay = set(results)
+    for node in reversed(base):
+        if not node.users and node not in stay:
+            graph.erase_node(node)
 
 
 def merge_copies(graph: fx.Graph, results: Iterable[fx.Node | None]) -> None:

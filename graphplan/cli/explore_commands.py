@@ -154,7 +154,7 @@ def _frontier_table(plans: Sequence[Plan]) -> Any:
     for p in plans:
         counts = [str(n) for n, _ in p.counts().values()]
         bar = "█" * round(BAR * p.overhead / worst)
-        figures = format_bytes(p.peak_bytes), share(p.peak_bytes, unplanned), f"+{p.overhead:.2%}", f"{p.gap:.2%}"
+        figures = format_bytes(p.peak_bytes), share(p.peak_bytes, unplanned), f"{p.overhead:+.2%}", f"{p.gap:.2%}"
         table.add_row(*figures, *counts, bar)
     return table
 

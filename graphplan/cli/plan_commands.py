@@ -254,7 +254,7 @@ def _solver_table(rows: list[Row], made: Plan) -> Any:
             s.solver,
             s.status.name.lower(),
             format_bytes(r.peak_bytes),
-            f"+{overhead:.2%}",
+            f"{overhead:+.2%}",
             f"{gap:.2%}",
             spent,
         )

@@ -210,7 +210,7 @@ def _run_tables(model: str, trained: Trained, plan: Plan) -> list[Any]:
     figures.add_row(
         "whole step" if plan.update else "forward + backward",
         format_ns(ours.step_ns),
-        f"predicted +{plan.overhead:.2%}",
+        f"predicted {plan.overhead:+.2%}",
         plain,
     )
     figures.add_row("with the optimiser", format_ns(trained.step_ns), "", "")

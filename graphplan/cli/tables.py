@@ -79,7 +79,7 @@ def _figures(plan: Plan) -> Table:
     table.add_row("budget", format_bytes(plan.budget_bytes), f"{share(plan.budget_bytes, unplanned)} of unplanned")
     table.add_row("unplanned peak", format_bytes(unplanned), f"step {format_ns(plan.baseline_cost_ns)}, every op once")
     table.add_row("planned peak", format_bytes(plan.peak_bytes), f"{share(plan.peak_bytes, unplanned)} of unplanned")
-    table.add_row("predicted overhead", f"+{plan.overhead:.2%}", f"step {format_ns(plan.cost_ns)}")
+    table.add_row("predicted overhead", f"{plan.overhead:+.2%}", f"step {format_ns(plan.cost_ns)}")
     table.add_row("gap", f"{plan.gap:.2%}", f"to the best plan of class: {plan.bound_class}")
     table.add_row("", f"{plan.any_gap:.2%}", "to any plan in this order, however often it recomputes")
     for fate, (count, nbytes) in plan.counts().items():

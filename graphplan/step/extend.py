@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from graphplan.errors import CaptureError
 from graphplan.graph import Primal, StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
+from graphplan.step.accumulate import accumulate_products
 from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
@@ -47,6 +48,7 @@ class Extension:
         _start_backward(graph, interface, backward)
         inexact = chunk_loss(graph, interface, backward, only_look=self.exact)
         inexact = slice_forward(graph, backward, only_look=self.exact) or inexact
+        inexact = accumulate_products(graph, interface, backward, only_look=self.exact) or inexact
         if self.sliced:
             inexact = slice_backward(graph, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
