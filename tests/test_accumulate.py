@@ -68,9 +68,7 @@ def test_products_are_added_where_they_are_computed(build: type[nn.Module], kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (33, 5, 70), (64, 300, 257), (7, 0, 9)])
 @pytest.mark.parametrize("turned", [False, True])
-def test_over_its_summand_a_product_is_the_same(
-    shape: tuple[int, int, int], dtype: torch.dtype, turned: bool
-) -> None:
+def test_over_its_summand_a_product_is_the_same(shape: tuple[int, int, int], dtype: torch.dtype, turned: bool) -> None:
     rows, inner, columns = shape
     total = torch.randn(rows, columns, dtype=dtype)
     a = torch.randn(inner, rows, dtype=dtype).t() if turned else torch.randn(rows, inner, dtype=dtype)

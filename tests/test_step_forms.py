@@ -89,6 +89,53 @@ def test_nothing_is_sliced_where_there_is_room() -> None:
     same(model, optimizer, other, its)
 
 
+class LearnedImage(nn.Module):
+    """A large convolution of a parameter: its input's gradient is the parameter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.randn(1, 4, 40, 40))
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.image).mean(1) * x
+
+
+class Joined(nn.Module):
+    """Concatenations whose parts another op reads, too; of one a part is read by a sum, which asks for its strides."""
+
+    def __init__(self, sums: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(20 if sums else 16, 4, 3, padding=1)
+        self.bias = nn.Parameter(torch.zeros(4, 1, 1)) if sums else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x).relu()
+        b = self.second(a).tanh()
+        parts = [a, b] if self.bias is None else [a, b, self.bias.expand(len(x), -1, *x.shape[2:])]
+        return self.last(torch.cat(parts, 1)).mean(1)
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("build", [LearnedImage, lambda: Joined(False), lambda: Joined(True)])
+def test_input_gradients_of_any_reader_are_the_same(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, optimizer, other, its = twins(build(), OPTIMIZERS["sgd"])
+    x = torch.randn(3, 3, 40, 40) if isinstance(model, Joined) else torch.randn(3, 40, 40)
+    y = torch.randn(3, 40, 40)
+    step = graphplan.train_step(model, F.mse_loss, optimizer, "100%", x, y)
+    tight = step.at_budget(step.least_peaks(x, y)[0])
+    for _ in range(3):
+        tight(x, y)
+        plain(other, its, (x,), y, F.mse_loss)
+    if isinstance(model, Joined):
+        assert ("convolution_input_gradients" in tight.graph_module.code) == (model.bias is None)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert graphplan.measure(tight, x, example_targets=y, runs=1).peak_bytes <= tight.plan.budget_bytes
+
+
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize(
@@ -107,6 +154,13 @@ def test_a_sliced_convolution_is_the_whole_one(layer: nn.Conv2d, batch: int) -> 
     whole = layer(x)
     options = [layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups]
     assert torch.equal(slices.convolution(x, layer.weight, layer.bias, options, whole.shape), whole)
+    grad = torch.randn_like(whole)
+    backward = [[layer.out_channels], *options]
+    (expected, *_) = torch.ops.aten.convolution_backward.default(grad, x, layer.weight, *backward, [True, False, False])
+    assert torch.equal(slices.convolution_input_gradient(grad, x.shape, layer.weight, backward), expected)
+    parts = slices.convolution_input_gradients(grad, x.shape, layer.weight, backward, [5, 4, 3])
+    assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes for p in parts)
+    assert torch.equal(torch.cat(parts, 1), expected)
 
 
 @pytest.mark.usefixtures("small_slices")

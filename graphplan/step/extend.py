@@ -50,7 +50,7 @@ class Extension:
         inexact = slice_forward(graph, backward, only_look=self.exact) or inexact
         inexact = accumulate_products(graph, interface, backward, only_look=self.exact) or inexact
         if self.sliced:
-            inexact = slice_backward(graph, backward, self.exact) or inexact
+            inexact = slice_backward(graph, interface, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):
             param = resolve(self.model, primal.path) if primal.kind is StorageKind.PARAMETER else None

@@ -83,6 +83,26 @@ def convolution_input_gradient(grad: Tensor, size: Sequence[int], weight: Tensor
     return out
 
 
+def convolution_input_gradients(
+    grad: Tensor, size: Sequence[int], weight: Tensor, options: Sequence[Any], widths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Return `convolution_input_gradient` cut along the channels into tensors of `widths`, each of its own memory."""
+    if sum(widths) != size[1]:
+        raise ValueError(f"parts of {list(widths)} channels are not all of {size[1]}")
+    outs = tuple(grad.new_empty((size[0], width, *size[2:])) for width in widths)
+    whole = torch.empty(tuple(size), dtype=grad.dtype, device="meta")
+    memory = max(outs, key=Tensor.numel).view(-1)
+    for s in _images(grad, whole):
+        shape, count = whole[s].shape, whole[s].numel()
+        # Again only the geometry of the input counts, so that any memory stands in for it.
+        x = memory[:count].view(shape) if count <= memory.numel() else grad.new_empty(shape)
+        part = aten.convolution_backward.default(grad[s], x, weight, *options, [True, False, False])
+        for out, piece in zip(outs, part[0].split(tuple(widths), dim=1), strict=True):
+            out[s] = piece
+        del part, piece, x
+    return outs
+
+
 def convolution_weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -102,6 +122,7 @@ SLICED = (
     batch_norm_backward_,
     convolution,
     convolution_input_gradient,
+    convolution_input_gradients,
     convolution_weight_gradient,
 )
 

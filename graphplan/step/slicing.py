@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graphplan.graph import tensors_of
+from graphplan.interface import Interface
 from graphplan.step import slices
 from graphplan.views import aliased_input, view_readers
 
@@ -40,7 +41,7 @@ def slice_forward(graph: fx.Graph, backward: set[fx.Node], only_look: bool) -> b
     return found
 
 
-def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> bool:
+def slice_backward(graph: fx.Graph, interface: Interface, backward: set[fx.Node], exact: bool) -> bool:
     """Rewrite the large BatchNorm and convolution backward ops of `graph`; return whether `exact` kept some whole.
 
     With `exact`, only in ways that keep every bit: a convolution's weight gradient then stays one sum.
@@ -50,7 +51,7 @@ def slice_backward(graph: fx.Graph, backward: set[fx.Node], exact: bool) -> bool
         if node.target is aten.native_batch_norm_backward.default:
             _slice_batch_norm(graph, backward, node)
         elif node.target is aten.convolution_backward.default:
-            whole = _split_convolution(graph, backward, node, exact) or whole
+            whole = _split_convolution(graph, interface, backward, node, exact) or whole
     return whole and exact
 
 
@@ -82,12 +83,14 @@ def _slice_batch_norm(graph: fx.Graph, backward: set[fx.Node], node: fx.Node) ->
     _replaced(graph, backward, node, new)
 
 
-def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, exact: bool) -> bool:
+def _split_convolution(
+    graph: fx.Graph, interface: Interface, backward: set[fx.Node], node: fx.Node, exact: bool
+) -> bool:
     """First the weight's gradient, so that the input can die, then the input's gradient, image by image.
 
     Return whether there is a weight's gradient.
     """
-    grad, x, weight, *options, mask = node.args
+    grad, x, *_, mask = node.args
     assert isinstance(grad, fx.Node)
     assert isinstance(x, fx.Node)
     assert isinstance(mask, list | tuple)
@@ -103,14 +106,58 @@ def _split_convolution(graph: fx.Graph, backward: set[fx.Node], node: fx.Node, e
         if has_weight:
             made.append(_weight_gradient(graph, node, items, exact))
         if 0 in items:
-            args = (grad, list(v.shape), weight, list(options))
-            made.append(graph.call_function(slices.convolution_input_gradient, args))
-            made[-1].meta.update(val=items[0].meta["val"], graphplan_pure=True)
-            items[0].replace_all_uses_with(made[-1])
-            graph.erase_node(items[0])
-            backward.discard(items[0])
+            made.append(_input_gradient(graph, interface, backward, node, items[0]))
     _replaced(graph, backward, node, *made)
     return has_weight
+
+
+def _input_gradient(
+    graph: fx.Graph, interface: Interface, backward: set[fx.Node], node: fx.Node, item: fx.Node
+) -> fx.Node:
+    """Image by image; where only parts along the channels are read, as of a concatenation, each has its own memory."""
+    grad, x, weight, *options, _ = node.args
+    args = (grad, list(x.meta["val"].shape), weight, list(options))  # type: ignore[union-attr]
+    parts = [] if item in interface.gradients else _parts_of(item)
+    if parts:
+        widths = [p.meta["val"].shape[1] for p in parts]
+        new = graph.call_function(slices.convolution_input_gradients, (*args, widths))
+        new.meta["val"] = tuple(torch.empty_like(p.meta["val"], memory_format=torch.contiguous_format) for p in parts)
+        for i, part in enumerate(parts):
+            part.target, part.args, part.meta["val"] = operator.getitem, (new, i), new.meta["val"][i]
+    else:
+        new = graph.call_function(slices.convolution_input_gradient, args)
+        new.meta["val"] = item.meta["val"]
+        item.replace_all_uses_with(new)
+        interface.replace(item, new)
+    new.meta["graphplan_pure"] = True
+    graph.erase_node(item)
+    backward.discard(item)
+    return new
+
+
+def _parts_of(whole: fx.Node) -> list[fx.Node]:
+    """Return slices that together are all channels of `whole` (N, C, ...), if nothing else reads it; none otherwise.
+
+    Each is read only by ops that give the same bits for dense operands.
+    """
+    first: dict[Any, fx.Node] = {n.args[2]: n for n in whole.users if n.target is aten.slice.Tensor}
+    if len(first) < len(whole.users):
+        return []
+    parts, place = [], 0
+    for start in sorted(first):
+        part = first[start]
+        if part.args[1:3] != (1, place) or part.args[4:] not in ((), (1,)) or not all(map(_any_strides, part.users)):
+            return []
+        place += part.meta["val"].shape[1]
+        parts.append(part)
+    return parts if len(parts) > 1 and place == whole.meta["val"].shape[1] else []
+
+
+def _any_strides(node: fx.Node) -> bool:
+    """Whether an op computes the same, in the same layout, for contiguous operands as for slices of such."""
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        return bool(node.meta["val"].is_contiguous()) and aliased_input(node) is None
+    return node.target is aten.convolution_backward.default or node.target in slices.SLICED
 
 
 def _weight_gradient(graph: fx.Graph, node: fx.Node, items: dict[Any, fx.Node], exact: bool) -> fx.Node:
