@@ -126,7 +126,7 @@ def _same_elements(view: torch.Tensor, val: torch.Tensor) -> bool:
 
 def _in_window(node: fx.Node, id_: int, name: str, storage: int) -> tuple[Encoded, Call, Call] | None:
     """Return the encoding of max-pool indices as places in their windows, if it is smaller than integers."""
-    pooling = _pooling(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+    pooling = pooling_of(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
     if pooling is None or functions.pool_code_bits(pooling) is None:
         return None
     geometry = (tuple(node.meta["val"].shape), tuple(node.meta["val"].stride()))
@@ -144,7 +144,7 @@ def _in_integers(node: fx.Node, id_: int, name: str, storage: int, bound: int) -
     return new, (functions.narrow_integers, (dtype,)), (functions.widen_integers, (val.dtype,))
 
 
-def _pooling(pool: fx.Node) -> functions.Pooling | None:
+def pooling_of(pool: fx.Node) -> functions.Pooling | None:
     """Return a max-pool's geometry, one number a dimension."""
     dims = _POOLS.get(pool.target)
     if dims is None:

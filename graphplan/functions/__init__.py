@@ -14,7 +14,16 @@ from graphplan.functions.derived import from_shape, from_sides
 from graphplan.functions.dropout import dropout_backward, dropout_from_mask
 from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
 from graphplan.functions.mixed import Planes, dequantise_channels, mixed_bytes, quantise_channels
-from graphplan.functions.pool import Pooling, pack_pool_indices, pool_code_bits, pool_code_bytes, unpack_pool_indices
+from graphplan.functions.pool import (
+    POOL_BLOCK,
+    Pooling,
+    max_pool2d_backward_from_codes,
+    max_pool2d_to_codes,
+    pack_pool_indices,
+    pool_code_bits,
+    pool_code_bytes,
+    unpack_pool_indices,
+)
 from graphplan.functions.register import registered
 from graphplan.functions.slope import SLOPES, from_slopes, quantise_slopes, slope_error
 from graphplan.functions.stand_in import SIDES, Like, pack_sides
@@ -22,6 +31,7 @@ from graphplan.functions.stand_in import SIDES, Like, pack_sides
 __all__ = [
     "CHUNK",
     "HALF",
+    "POOL_BLOCK",
     "SIDES",
     "SLOPES",
     "Like",
@@ -35,6 +45,8 @@ __all__ = [
     "from_sides",
     "from_slopes",
     "is_dense",
+    "max_pool2d_backward_from_codes",
+    "max_pool2d_to_codes",
     "mix",
     "mixed_bytes",
     "narrow_integers",

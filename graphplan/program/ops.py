@@ -57,6 +57,8 @@ new_zeros.default ones.default ones_like.default scalar_tensor.default zeros.def
 OWN = (
     functions.dropout_backward,
     functions.dropout_from_mask,
+    functions.max_pool2d_backward_from_codes,
+    functions.max_pool2d_to_codes,
     functions.narrow_integers,
     functions.pack_pool_indices,
     functions.pack_sides,

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphplan.errors import CaptureError
+from graphplan.functions import max_pool2d_to_codes
 from graphplan.graph import Primal, StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
 from graphplan.step.accumulate import accumulate_products
 from graphplan.step.chunked import chunk_loss
 from graphplan.step.clip import Clip, clip_gradients
 from graphplan.step.optimizer import Slots
+from graphplan.step.pools import pack_pools
 from graphplan.step.slices import SLICED
-from graphplan.step.slicing import product_of, slice_backward, slice_forward
+from graphplan.step.slicing import LEAST_BYTES, product_of, slice_backward, slice_forward
 from graphplan.step.updates import PIECE
 
 aten = torch.ops.aten
@@ -50,6 +52,7 @@ class Extension:
         inexact = slice_forward(graph, backward, only_look=self.exact) or inexact
         inexact = accumulate_products(graph, interface, backward, only_look=self.exact) or inexact
         if self.sliced:
+            pack_pools(graph, interface, backward, LEAST_BYTES)
             inexact = slice_backward(graph, interface, backward, self.exact) or inexact
         updated: list[tuple[int, int]] = []  # (primal, group)
         for i, (primal, _) in enumerate(interface.primals):
@@ -71,7 +74,7 @@ class Extension:
             inexact = inexact or product
         _settle(graph, backward)
         self.found.inexact = inexact
-        self.found.sliced = any(n.target in SLICED for n in graph.nodes)
+        self.found.sliced = any(n.target in (*SLICED, max_pool2d_to_codes) for n in graph.nodes)
 
     def _add_settings(self, graph: fx.Graph, interface: Interface) -> list[fx.Node]:
         nodes = []
