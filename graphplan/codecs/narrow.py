@@ -147,16 +147,19 @@ def _in_integers(node: fx.Node, id_: int, name: str, storage: int, bound: int) -
 def pooling_of(pool: fx.Node) -> functions.Pooling | None:
     """Return a max-pool's geometry, one number a dimension."""
     dims = _POOLS.get(pool.target)
-    if dims is None:
-        return None
-    given: dict[str, Any] = dict(zip(("x", "kernel", "stride", "padding", "dilation"), pool.args, strict=False))
+    return None if dims is None else window_of(pool.args, dims)
+
+
+def window_of(arguments: tuple[Any, ...], dims: int) -> functions.Pooling:
+    """Return the geometry that a max-pool's input, kernel, stride, padding and dilation describe."""
+    given: dict[str, Any] = dict(zip(("x", "kernel", "stride", "padding", "dilation"), arguments, strict=False))
 
     def numbers(name: str, default: Any) -> tuple[int, ...]:
         value = list(given.get(name) or default)
         return tuple(value * dims if len(value) == 1 else value)
 
     kernel = numbers("kernel", ())
-    plane = tuple(pool.args[0].meta["val"].shape[-dims:])  # type: ignore[union-attr]
+    plane = tuple(arguments[0].meta["val"].shape[-dims:])
     return plane, kernel, numbers("stride", kernel), numbers("padding", [0]), numbers("dilation", [1])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphplan import functions
-from graphplan.codecs.narrow import pooling_of
+from graphplan.codecs.narrow import pooling_of, window_of
 from graphplan.interface import Interface
 
 aten = torch.ops.aten
@@ -42,8 +42,7 @@ def _reads_codes(node: fx.Node, indices: fx.Node) -> bool:
 def _same(back: fx.Node, pool: fx.Node) -> bool:
     """Return whether `back` is of the geometry that `pool` has."""
     ceil_mode = len(pool.args) > 5 and pool.args[5]
-    as_forward = fx.Node(pool.graph, "", "call_function", pool.target, (back.args[1], *back.args[2:6]), {})
-    return pooling_of(as_forward) == pooling_of(pool) and back.args[6] == ceil_mode
+    return window_of(back.args[1:6], 2) == pooling_of(pool) and back.args[6] == ceil_mode
 
 
 def _pack(node: fx.Node, indices: fx.Node, pooling: functions.Pooling) -> None:
