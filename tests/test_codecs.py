@@ -38,7 +38,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     """Let a few elements make several chunks, except where memory is measured."""
     if "bound_the_temporaries" not in request.node.name:
         monkeypatch.setattr(bits, "CHUNK", 32)
-        monkeypatch.setattr(pool, "CHUNK", 32)
+        monkeypatch.setattr(pool, "POOL_BLOCK", 32)
 
 
 @pytest.fixture(params=["numpy", "torch"])
@@ -364,7 +364,7 @@ def test_chunks_bound_the_temporaries() -> None:
         peak = peak_of(call, torch.device("cpu")).peak_bytes
         numpy_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        chunk_bytes = 8 * functions.CHUNK * (3 if "pool" in what else 1)  # int64 there: index, first, their difference
+        chunk_bytes = 8 * (3 * functions.POOL_BLOCK if "pool" in what else functions.CHUNK)  # int64: index, first, both
         assert peak <= result_bytes + chunk_bytes, what
         assert numpy_peak <= 8 * functions.CHUNK, what
 
