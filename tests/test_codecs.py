@@ -364,7 +364,7 @@ def test_chunks_bound_the_temporaries() -> None:
         peak = peak_of(call, torch.device("cpu")).peak_bytes
         numpy_peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        chunk_bytes = 8 * (3 * functions.POOL_BLOCK if "pool" in what else functions.CHUNK)  # int64: index, first, both
+        chunk_bytes = 8 * (4 * functions.POOL_BLOCK if "pool" in what else functions.CHUNK)  # int64
         assert peak <= result_bytes + chunk_bytes, what
         assert numpy_peak <= 8 * functions.CHUNK, what
 
