@@ -131,16 +131,11 @@ def _check_pool_codes(node: fx.Node, where: str) -> None:
     """The same, from packed indices: they must be those of a pooling of such an input, packed in the same way."""
     arguments: list[Any] = [_plain(a) for a in node.args]
     grad, codes, size, *pooling, _ = arguments
-    need(isinstance(codes, fx.Node) and not node.kwargs, f"{where}: its indices are not those of a pooling")
-    forward: Any
-    if codes.target is functions.pack_pool_indices:
-        forward = _pooling_of(codes.args[0], where)
-        said = codes.args[1:]
-    else:
-        forward = codes.args[0] if codes.target is operator.getitem and codes.args[1] == 1 else None
-        made = isinstance(forward, fx.Node) and forward.target is functions.max_pool2d_to_codes
-        need(made, f"{where}: its indices are not those of a pooling")
-        said = forward.args[1:-1]
+    taken = isinstance(codes, fx.Node) and codes.target is operator.getitem and codes.args[1] == 1
+    forward: Any = codes.args[0] if taken else None
+    made = isinstance(forward, fx.Node) and forward.target is functions.max_pool2d_to_codes
+    need(made and not node.kwargs, f"{where}: its indices are not those of a pooling")
+    said = forward.args[1:-1]
     x, out = forward.args[0].meta["val"], forward.meta["val"][0]
     same = pooling == [_plain(a) for a in said] and list(pooling[0]) == list(size[-2:])
     shapes = list(x.shape) == size and grad.meta["val"].shape == out.shape

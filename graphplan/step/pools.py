@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,7 +34,8 @@ def _reads_codes(node: fx.Node, indices: fx.Node) -> bool:
     """Return whether `node` is a max-pool's backward that can read `indices` packed, some planes at a time."""
     if node.target is not aten.max_pool2d_with_indices_backward.default or node.args[7] is not indices:
         return False
-    grad, x, result, places = (n.meta["val"] for n in (*node.args[:2], node, indices))  # type: ignore[union-attr]
+    operands: tuple[Any, ...] = (*node.args[:2], node, indices)
+    grad, x, result, places = (n.meta["val"] for n in operands)
     whole = math.prod(grad.shape[-2:]) <= functions.POOL_BLOCK and grad.shape == places.shape
     plain = x.is_contiguous() and result.is_contiguous() and places.is_contiguous() and result.shape == x.shape
     return bool(whole and plain and result.is_cpu) and indices not in node.args[:2]

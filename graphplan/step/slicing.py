@@ -116,7 +116,8 @@ def _input_gradient(
 ) -> fx.Node:
     """Image by image; where only parts along the channels are read, as of a concatenation, each has its own memory."""
     grad, x, weight, *options, _ = node.args
-    args = (grad, list(x.meta["val"].shape), weight, list(options))  # type: ignore[union-attr]
+    assert isinstance(x, fx.Node)
+    args = (grad, list(x.meta["val"].shape), weight, list(options))
     parts = [] if item in interface.gradients else _parts_of(item)
     if parts:
         widths = [p.meta["val"].shape[1] for p in parts]
