@@ -1,8 +1,7 @@
 """Why a plan does not fit: a small set of fates that alone reach the bytes seen. Exact, so a valid cut.
 
-The epoch rows see the moments at which program ops run. What happens between them (restores, encodes) is
-exact
-only in `simulate`; when that refuses a plan which the rows allow, the cut found here excludes the reason.
+The epoch rows see the moments at which program ops run. What happens between them (restores, encodes) is exact only in
+`simulate`; when that refuses a plan which the rows allow, the cut found here excludes the reason.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The epoch model: which fates satisfy the memory rows at chosen program positions, at least cost (CP-SAT).
 
-Only positions that can bind carry a memory row; between two rows the time of a restore is free, so leaving
-rows out is
+Only positions that can bind carry a memory row; between two rows the time of a restore is free, so leaving rows out is
 a relaxation and every bound stays valid. The formulation follows the checkpointing MILP of Jain et al. 2020
-(Checkmate)
-restricted to one recompute a value (as Bartan et al. 2023, Moccasin, restrict theirs), aggregated over time.
+(Checkmate) restricted to one recompute a value (as Bartan et al. 2023, Moccasin, restrict theirs), aggregated over
+time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """One fate a unit -> times, cost, memory profile, schedule.
 
-Restores happen as late as possible: right before the first program op, or the first other restore, that reads
-what they bring back. One sweep over the units in reverse topological order finds every time. `profiles`
-does it
-for many fate vectors at once and is slightly pessimistic (it never reports less than `simulate` would);
-`to_schedule` is exact, and `simulate` judges it.
+Restores happen as late as possible: right before the first program op, or the first other restore, that reads what
+they bring back. One sweep over the units in reverse topological order finds every time. `profiles` does it for many
+fate vectors at once and is slightly pessimistic (it never reports less than `simulate` would); `to_schedule` is exact,
+and `simulate` judges it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Greedy: from keep-all, the best memory for the time until it fits; then polish.
 
-Each step looks at flips of one unit to another fate and takes the largest reduction of the area above the
-budget
-per added nanosecond (the eviction score of Kirisame et al. 2021, DTR, made global: a flip is charged with
-everything
-that it makes necessary). Polish undoes flips that are not needed, and tries to undo one that pays for others.
+Each step looks at flips of one unit to another fate and takes the largest reduction of the area above the budget per
+added nanosecond (the eviction score of Kirisame et al. 2021, DTR, made global: a flip is charged with everything that
+it makes necessary). Polish undoes flips that are not needed, and tries to undo one that pays for others.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The exact solver of the class `ONE_RECOMPUTE`: epoch rows and cuts, added until `simulate` agrees.
 
-Every round solves a relaxation (CP-SAT, integers all over), reads its fates, simulates them, and adds the
-positions
-at which they do not fit as rows, and what happens between positions as cuts. The bound of every round is
-therefore valid for the class, and a plan that fits and meets it is proven.
+Every round solves a relaxation (CP-SAT, integers all over), reads its fates, simulates them, and adds the positions at
+which they do not fit as rows, and what happens between positions as cuts. The bound of every round is therefore valid
+for the class, and a plan that fits and meets it is proven.
 """
 
 from __future__ import annotations

@@ -36,15 +36,14 @@ class Kind(Enum):
 class Op:
     """One executable step: reads values, writes values, costs time and scratch memory.
 
-    `repeatable` is False for an op that must run exactly once, in the program's order: it draws random
-    numbers, updates a buffer, or is the turn from forward to backward. `instead_of` names the program op
-    whose
-    values (all or some) this op can also write: a BatchNorm without its statistics update, a backward op that
-    reads an encoding. Such an op, and every encode and decode, is *optional*: it stands outside the program.
-    `takes_over` names a value that it reads and whose memory one of its writes uses, wherever that read is the
-    value's last and the value was written on the same side of the turn: an operand written over in place.
-    `noise_ppb` is what a lossy encode adds to the gradient: error variance over the gradient's own, in parts per
-    billion. A schedule counts it once however often the op stands there: the same code has the same error.
+    `repeatable` is False for an op that must run exactly once, in the program's order: it draws random numbers,
+    updates a buffer, or is the turn from forward to backward. `instead_of` names the program op whose values (all or
+    some) this op can also write: a BatchNorm without its statistics update, a backward op that reads an encoding. Such
+    an op, and every encode and decode, is *optional*: it stands outside the program. `takes_over` names a value that
+    it reads and whose memory one of its writes uses, wherever that read is the value's last and the value was written
+    on the same side of the turn: an operand written over in place. `noise_ppb` is what a lossy encode adds to the
+    gradient: error variance over the gradient's own, in parts per billion. A schedule counts it once however often the
+    op stands there: the same code has the same error.
     """
 
     name: str

@@ -46,17 +46,15 @@ class Accesses(Protocol):
 def simulate(problem: Problem, schedule: Schedule) -> Usage:
     """Execute `schedule` on paper and return its Usage.
 
-    While step t runs, in use are: `fixed_bytes`, the workspace of its op, and every live value. A value is
-    live
-    from the step that writes it to its last read before the next write (at least during the write itself);
-    a value to keep is live from its last write to the end. A value that is taken over (`take_overs`) is live
-    until the step before: its memory then is that of the value written.
+    While step t runs, in use are: `fixed_bytes`, the workspace of its op, and every live value. A value is live from
+    the step that writes it to its last read before the next write (at least during the write itself); a value to keep
+    is live from its last write to the end. A value that is taken over (`take_overs`) is live until the step before:
+    its memory then is that of the value written.
 
     Raises:
-        InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or
-        runs
-            out of the program's order), a value to keep is missing at the end, or its encodes add more noise
-            than the problem allows.
+        InvalidSchedule: a read of a value that is not live, an op that must run exactly once does not (or runs out of
+            the program's order), a value to keep is missing at the end, or its encodes add more noise than the
+            problem allows.
     """
     _check_once(problem, schedule)
     noise = sum(problem.ops[o].noise_ppb for o in set(schedule))

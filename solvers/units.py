@@ -1,10 +1,9 @@
 """Problem -> decision units: what may be kept, dropped or encoded, and what follows from each choice.
 
-A *unit* is one recomputable forward op with the values it restores, bundled; its *fates* are keep, drop
-(recompute once, as late as possible) or one of its codecs. A plan of the class that every solver here
-searches
-is one fate a unit: the times follow (`evaluate`). Bundling and the contraction of helpers keep the optimum of
-the class: keeping a larger value that only serves to recompute a smaller one never pays.
+A *unit* is one recomputable forward op with the values it restores, bundled; its *fates* are keep, drop (recompute
+once, as late as possible) or one of its codecs. A plan of the class that every solver here searches is one fate a
+unit: the times follow (`evaluate`). Bundling and the contraction of helpers keep the optimum of the class: keeping a
+larger value that only serves to recompute a smaller one never pays.
 """
 
 from __future__ import annotations
@@ -40,12 +39,9 @@ class Unit:
 class Units:
     """The decision form of a Problem; `units` are in an order in which restores read only earlier units.
 
-    `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values
-    outside
-    the units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of
-    it that
-    only program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit,
-    fate) holds.
+    `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values outside the
+    units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of it that only
+    program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit, fate) holds.
     """
 
     problem: Problem

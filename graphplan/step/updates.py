@@ -26,8 +26,8 @@ class Rule:
     """How one optimizer class updates one parameter.
 
     `update(param, grad, state, settings)` changes the parameter and its state in place, `of_product` does it for the
-    gradient `a @ b`; `state_names` are the
-    tensors of the parameter's geometry that it keeps, `counts` is whether it counts steps too.
+    gradient `a @ b`; `state_names` are the tensors of the parameter's geometry that it keeps, `counts` is whether it
+    counts steps too.
     """
 
     update: Callable[[Tensor, Tensor, State, Settings], None]
