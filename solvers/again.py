@@ -11,22 +11,30 @@ One recompute at a time, iterated; Bartan et al. 2023 (Moccasin) allow a fixed n
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
+from solvers.any_plan import COEFFICIENT, LARGEST, relax_any, spaced_rows
 from solvers.evaluate import keep_everything, peaks, to_schedule
 from solvers.greedy import descend, polish
 from solvers.ladder import Low
 from solvers.problem import Kind, Op, OpId, Problem, Schedule, ValueId
+from solvers.roundings import round_any
 from solvers.search import Search
-from solvers.simulate import InvalidSchedule, simulate, take_overs
+from solvers.simulate import simulate, take_overs
+from solvers.spare import spare
 from solvers.units import Units, build_units
 
 TURNS = 6  # steps at which a schedule is turned, the highest peaks first, before it counts as as low as can be
 STEP = 2e-4  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
 LESS = 0.999  # of the area above the target must be left at most, for a turn to count
 SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
+THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
+TARGETS = (0.25, 0.5)  # of the way from the floor to the least peak so far: budgets of linear programs
+LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs; rows that each adds for every rounding
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
 
 
@@ -122,15 +130,63 @@ def lower_again(search: Search, problem: Problem, schedule: Schedule, floor_byte
     return schedule
 
 
+def lower_rounded(search: Search, units: Units, schedule: Schedule, floor_bytes: int) -> Schedule:
+    """Return a schedule of smaller peak from linear programs at budgets towards the floor, or the same one."""
+    problem, peak = search.problem, simulate(search.problem, schedule).peak_bytes
+    for share in TARGETS:
+        target = floor_bytes + share * (peak - floor_bytes)
+        for start in roundings(search, units, int(target)):
+            if search.left() <= 0 or peak - floor_bytes <= peak / ENOUGH:
+                return schedule
+            found = _fit(search, problem, start, target)
+            if simulate(problem, found).peak_bytes < peak:
+                schedule = lower_again(search, problem, found, floor_bytes)
+                peak = simulate(problem, schedule).peak_bytes
+    return schedule
+
+
+def roundings(search: Search, units: Units, budget: int) -> Iterator[Schedule]:
+    """Return roundings of linear programs at a budget, each with the rows which those of the one before break.
+
+    Their bounds, valid at any smaller budget, too, are remembered in `search`.
+    """
+    rows, seen = spaced_rows(search.problem), set[Schedule]()
+    for _ in range(LINEAR_ROUNDS):
+        largest = min(LARGEST, int(search.left() / 2 / COEFFICIENT))
+        relaxation = relax_any(units, budget, rows, search.clock() / 2, largest)
+        if relaxation is None:
+            return
+        search.spend(COEFFICIENT * relaxation.size)
+        search.any_bound_ns = max(search.any_bound_ns, relaxation.bound_ns)
+        for threshold in THRESHOLDS:
+            start = round_any(units, relaxation, threshold)
+            if start not in seen:
+                seen.add(start)
+                rows.update(_above(search.problem, start, budget, rows))
+                yield start
+
+
 def fit_again(search: Search, units: Units, low: Low) -> None:
     """Offer plans that recompute more than once, for a budget below the peak of `low`, which do not."""
     if search.schedule is not None:
-        search.offer(_spare(search, search.schedule))
-    for share in SHARES:
-        start = to_schedule(units, polish(search, units, low.vector, share * low.peak_bytes))
-        found = _fit(search, search.problem, start, search.problem.budget_bytes)
-        if search.offer(found).peak_bytes <= search.problem.budget_bytes:
-            search.offer(_spare(search, found))
+        search.offer(spare(search, search.schedule))
+    budget = search.problem.budget_bytes
+    larger = (to_schedule(units, polish(search, units, low.vector, share * low.peak_bytes)) for share in SHARES)
+    for start in chain(roundings(search, units, budget), larger):
+        found = _fit(search, search.problem, start, budget)
+        if search.offer(found).peak_bytes <= budget:
+            search.offer(spare(search, found))
+
+
+def _above(problem: Problem, schedule: Schedule, budget: int, known: Container[int]) -> list[int]:
+    """Return the positions after the turn, not yet known, at which a schedule is highest above a budget."""
+    level, position = np.full(len(problem.program), -1, np.int64), -1
+    for o, b in zip(schedule, simulate(problem, schedule).bytes_at, strict=True):
+        if position + 1 < len(problem.program) and problem.program[position + 1] in (o, problem.ops[o].instead_of):
+            position += 1
+            if position > problem.turn and position not in known and b > budget:
+                level[position] = b
+    return peaks(level, NEW_ROWS)
 
 
 def _fit(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule:
@@ -173,37 +229,3 @@ def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...]) -> l
     level = np.array(bytes_at, np.int64)
     level[: schedule.index(problem.program[problem.turn]) + 1] = -1
     return peaks(level, TURNS)
-
-
-def _spare(search: Search, schedule: Schedule) -> Schedule:
-    """Leave out repeated steps without which the schedule still runs and fits, the dearest first.
-
-    They are tried in groups that double where they can all go and halve where they cannot.
-    """
-    problem = search.problem
-    seen: set[ValueId] = set()
-    repeated: list[tuple[int, int]] = []
-    for t, o in enumerate(schedule):
-        if problem.ops[o].repeatable and seen.issuperset(problem.ops[o].writes):
-            repeated.append((-problem.ops[o].cost_ns, t))
-        seen.update(problem.ops[o].writes)
-    order = [t for _, t in sorted(repeated)]
-    gone: set[int] = set()
-    first, group = 0, 1
-    while first < len(order) and search.left() > 0:
-        trial = gone.union(order[first : first + group])
-        search.spend(STEP * len(schedule))
-        if _runs(problem, tuple(o for t, o in enumerate(schedule) if t not in trial)):
-            gone, first, group = trial, first + group, 2 * group
-        elif group > 1:
-            group //= 2
-        else:
-            first += 1
-    return tuple(o for t, o in enumerate(schedule) if t not in gone)
-
-
-def _runs(problem: Problem, schedule: Schedule) -> bool:
-    try:
-        return simulate(problem, schedule).peak_bytes <= problem.budget_bytes
-    except InvalidSchedule:
-        return False

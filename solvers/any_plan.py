@@ -15,7 +15,8 @@ the largest over several is taken. With rows t_0 < t_1 < ... after the turn, epo
     1 <= held[v, i-1] + again[a, i] + decoded[v, i] (+ encoded[v, i-1])   where epoch i reads v (or its encoding)
     floor_bytes[t_i] + sum value_bytes * held[v, i] + sum encoded_bytes * encoded[v, i] <= budget_bytes
 
-What would make it infeasible for some plan is left out: transients, encodes' workspace, alternatives' workspace.
+The last also for i = -1, at the turn. What would make it infeasible for some plan is left out: transients, encodes'
+workspace, alternatives' workspace.
 """
 
 from __future__ import annotations
@@ -25,28 +26,63 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import numpy as np
 from ortools.glop import parameters_pb2
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from solvers.bounds import cost_floor
 from solvers.fates import Fate, encoders
-from solvers.problem import OpId, ValueId
+from solvers.problem import OpId, Problem, ValueId
 from solvers.units import Unit, Units
 
+ROWS = 12  # of the first program
 LARGEST = 400_000  # coefficients
+COEFFICIENT = 2e-5  # seconds for one of them
 MARGIN = 1e-6  # of the optimum, for floating point
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """An optimum of the linear program; index 0 of `held` and `encoded` is the turn, i + 1 is `rows[i]`."""
+
+    bound_ns: int  # on the cost of every plan in program order
+    size: int  # coefficients
+    rows: tuple[int, ...]
+    held: dict[ValueId, tuple[float, ...]]
+    encoded: dict[ValueId, tuple[float, ...]]
+
+
+def spaced_rows(problem: Problem) -> set[int]:
+    """Return the positions of a few memory rows, evenly spaced after the turn."""
+    last = len(problem.program) - 1
+    return {int(t) for t in np.linspace(min(problem.turn + 1, last), last, ROWS)}
 
 
 def any_plan_bound(units: Units, budget_bytes: int, rows: Iterable[int], seconds: float) -> int:
     """Return a lower bound in ns on the cost of every plan in program order; the trivial one if time is up."""
-    floor = cost_floor(units.problem, units)
+    found = relax_any(units, budget_bytes, rows, seconds)
+    return cost_floor(units.problem, units) if found is None else found.bound_ns
+
+
+def relax_any(
+    units: Units, budget_bytes: int, rows: Iterable[int], seconds: float, largest: int = LARGEST
+) -> Relaxation | None:
+    """Return an optimum of the program with these rows; None if it has none or too many coefficients, or time is up."""
     program = _Program(units, sorted(t for t in set(rows) if t > units.problem.turn), budget_bytes)
     program.build()
-    if len(program.values) > LARGEST or seconds <= 0:
-        return floor
-    extra = program.solve(seconds)
-    return max(floor, math.ceil(floor + extra * (1 - MARGIN)) - 1)
+    solved = program.solve(seconds) if len(program.values) <= largest and seconds > 0 else None
+    if solved is None:
+        return None
+    extra, values = solved
+    floor = cost_floor(units.problem, units)
+    return Relaxation(
+        max(floor, math.ceil(floor + extra * (1 - MARGIN)) - 1),
+        len(program.values),
+        tuple(program.rows),
+        {v: tuple(values[c] for c in columns) for v, columns in program.held.items()},
+        {v: tuple(values[c] for c in columns) for v, columns in program.encoded.items()},
+    )
 
 
 @dataclass(slots=True)
@@ -62,6 +98,7 @@ class _Program:
     columns: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     held: dict[ValueId, list[int]] = field(default_factory=dict)
+    last_forward: dict[ValueId, int] = field(default_factory=dict)  # until then a value is in `floor_bytes`
     again: list[list[int]] = field(default_factory=list)
     decoded: dict[ValueId, list[int]] = field(default_factory=dict)
     encoded: dict[ValueId, list[int]] = field(default_factory=dict)
@@ -80,8 +117,8 @@ class _Program:
                 self._flow(v)
                 self._reads(v)
             self._parents(a, unit)
-        for i, t in enumerate(self.rows):
-            self._memory(i, t)
+        for i, t in enumerate([self.units.problem.turn, *self.rows]):
+            self._memory(i - 1, t)
 
     def _column(self, cost: float) -> int:
         self.cost.append(cost)
@@ -102,6 +139,7 @@ class _Program:
         count = len(self.rows) + 1
         restores = [f.restore_ns for f in unit.fates if f.restore and not f.decodes]
         self.again.append([self._column(min(restores)) for _ in range(count)] if restores else [])
+        self.last_forward.update((h.value, h.last_forward) for h in unit.fates[0].held)
         for v in unit.values:
             self.held[v] = [self._column(0.0) for _ in range(count)]
             codecs = self.codecs.get(v, [])
@@ -159,11 +197,11 @@ class _Program:
         terms: list[tuple[int, float]] = []
         spare = 0
         for v, held in self.held.items():
-            terms.append((held[i + 1], problem.value_bytes[v]))
-            if v in self.encoded:
+            terms.extend([(held[i + 1], problem.value_bytes[v])] if t > self.last_forward[v] else ())
+            if v in self.encoded and all(t > f.encode_at for f in self.codecs[v]):
                 smallest = min(f.encoded_bytes for f in self.codecs[v])
                 terms.append((self.encoded[v][i + 1], smallest))
-            if v in problem.ops[q].reads:
+            if v in problem.ops[q].reads and i >= 0:
                 also = [(self.encoded[v][i + 1], -1.0)] if q in self._covered(v) else []
                 self._row([(held[i + 1], -1.0), *also], -1.0)
         for unit in self.units.units:
@@ -172,8 +210,8 @@ class _Program:
         limit = self.budget - int(self.units.floor_bytes[t]) + spare
         self._row([(c, x / scale) for c, x in terms], limit / scale)
 
-    def solve(self, seconds: float) -> float:
-        """Return the optimum in ns; 0 when there is none in time."""
+    def solve(self, seconds: float) -> tuple[float, list[float]] | None:
+        """Return the optimum in ns and the columns; None when there is none in time."""
         proto, n = model_pb2.ModelProto(), len(self.cost)
         scale = max(1.0, max(self.cost, default=1.0) / 1000)
         proto.variables.ids.extend(range(n))
@@ -193,5 +231,7 @@ class _Program:
         limit = mathopt.SolveParameters(glop=glop, time_limit=timedelta(seconds=max(0.05, seconds)))
         result = mathopt.solve(mathopt.Model.from_model_proto(proto), mathopt.SolverType.GLOP, params=limit)
         if result.termination.reason is not mathopt.TerminationReason.OPTIMAL:
-            return 0.0
-        return max(0.0, float(result.objective_value()) * scale)
+            return None
+        values = result.variable_values()
+        columns = sorted(values, key=lambda column: column.id)
+        return max(0.0, float(result.objective_value()) * scale), [values[column] for column in columns]

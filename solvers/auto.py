@@ -14,13 +14,14 @@ from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.evaluate import Fates, fates_of, keep_everything, to_schedule
 from solvers.greedy import improve, polish
 from solvers.ilp import answer_any, closed, prove
-from solvers.least import Least, find_least
+from solvers.least import Least, find_least, remembered
 from solvers.problem import Limits, Problem, Solution, Status
 from solvers.search import Search
 from solvers.units import Units, build_units
 
 MOMENT = 0.5  # seconds that the least peak always has
 GREEDY_SHARE = 0.3  # of the time, before the exact solver has its turn
+AGAIN_SHARE = 0.8  # of the time, for plans of more than one recompute a value
 
 
 def solve_auto(problem: Problem, limits: Limits) -> Solution:
@@ -37,10 +38,12 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
         return _without_plan(search, ANY_PLAN)
     search.share, search.stage = GREEDY_SHARE, "known plan"
     fitting = offer_known(search, units)
-    search.stage = "greedy"
-    improve(search, units, start, tries=0)
-    for fates in fitting:
-        relax(search, units, fates)
+    known = remembered(problem, limits)
+    if fitting or known is None or known.single.peak_bytes <= problem.budget_bytes:
+        search.stage = "greedy"
+        improve(search, units, start, tries=0)
+        for fates in fitting:
+            relax(search, units, fates)
     search.share, search.stage = 1.0, "least_peak"
     answer = None if search.fates is not None else _below_single(search, units)
     search.stage = "ilp"
@@ -82,8 +85,9 @@ def _below_single(search: Search, units: Units) -> Solution | None:
         search.offer(least.schedule)
     if search.schedule is None:
         return _without_plan(search, ONE_RECOMPUTE)
-    search.stage = "again"
+    search.share, search.stage = AGAIN_SHARE, "again"
     fit_again(search, units, single)
+    search.share = 1.0
     return answer_any(search, units) if single.bound_bytes > budget else None
 
 

@@ -192,21 +192,39 @@ class EpochModel:
         return held if i < 0 else [*held, (self._by(a, m, i), -fate.encoded_bytes)]
 
     def _waiting(self, h: Held, t: int, i: int) -> list[Term]:
-        """A value past its own last read under some fate is still held while a later restore reads it."""
+        """A value past its own last read under some fate is still held while a later restore reads it.
+
+        What is restored after row i reads a value that is there already, or is restored after row i itself: as a sum,
+        which halves of fates satisfy less easily than clauses.
+        """
         literal: cp_model.IntVar | None = None
-        a = self.units.unit_of[h.value]
+        elsewhere = self._elsewhere(h, t, i)
         for c, k in self.readers.get(h.value, ()):
             if 0 <= i and len(self.by[c, k]) <= i:
                 continue
             literal = literal if literal is not None else self.model.new_bool_var("")
-            later = [self.restored[c, k].Not()] if i < 0 else [self.restored[c, k].Not(), self.by[c, k][i]]
-            for m, fate in enumerate(self.units.units[a].fates):
-                held = next(x for x in fate.held if x.value == h.value)
-                if t <= held.last_backward or (held.dropped and (i < 0 or not fate.restore)):
-                    continue
-                there = self._by(a, m, i) if held.dropped else self.chosen[a][m]
-                self.model.add_bool_or([literal, there.Not(), *later])
+            variables, signs = zip((literal, 1), *elsewhere, *self._after(c, k, i, -1), strict=True)
+            self.model.add(cp_model.LinearExpr.weighted_sum(variables, signs) >= 0)
         return [] if literal is None else [(literal, h.size_bytes)]
+
+    def _after(self, a: int, m: int, i: int, sign: int) -> list[Term]:
+        """`sign` where unit a under fate m is restored after row i."""
+        restored = (self.restored[a, m], sign)
+        return [restored, (self._by(a, m, i), -sign)] if 0 <= i else [restored]
+
+    def _elsewhere(self, h: Held, t: int, i: int) -> list[Term]:
+        """1 where the unit is restored after row i, or its value is counted at position t as one with reads to come."""
+        a = self.units.unit_of[h.value]
+        terms: list[Term] = []
+        for m, fate in enumerate(self.units.units[a].fates):
+            held = next(x for x in fate.held if x.value == h.value)
+            restores = held.dropped and bool(fate.restore)
+            terms.extend(self._after(a, m, i, 1) if restores else ())
+            if t <= held.last_backward and not held.dropped:
+                terms.append((self.chosen[a][m], 1))
+            elif t <= held.last_backward and restores and 0 <= i:
+                terms.append((self._by(a, m, i), 1))
+        return terms
 
     def _cost(self) -> tuple[list[cp_model.IntVar], list[int]]:
         variables, costs = [self.one], [self.units.problem.program_cost_ns()]

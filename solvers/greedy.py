@@ -11,6 +11,7 @@ import numpy as np
 
 from solvers.bounds import ANY_PLAN, cost_floor
 from solvers.evaluate import Fates, allowed, keep_everything, profiles, to_schedule
+from solvers.moves import moves, savings, try_moves
 from solvers.problem import Limits, Problem, Solution
 from solvers.promising import Promising
 from solvers.search import Search
@@ -19,7 +20,6 @@ from solvers.units import Int64, Units, build_units
 POOL = 48  # flips looked at again in every step; all of them are, whenever the pool runs dry
 STRIDE = 8  # of that many flips at most one is taken in one step
 MISSES = 4  # flips that no longer help, before polish evaluates all of them again
-CELLS = 1_000_000  # plans x positions evaluated at once
 REPAIR_SHARE = 0.6  # of the time: a plan at all comes first
 POLISH_SHARE = 0.1  # of the time at least
 PLAN_WORK = 6e-8  # of one position of one plan that is evaluated
@@ -47,42 +47,6 @@ def improve(search: Search, units: Units, start: Fates, tries: int = 8) -> None:
     fates = polish(search, units, fates)
     search.offer(to_schedule(units, fates), fates)
     exchange(search, units, fates, tries)
-
-
-def flips(units: Units, fates: Fates) -> Int64:
-    """Return every (unit, other fate) pair."""
-    pairs = [(a, m) for a, u in enumerate(units.units) for m in range(len(u.fates)) if m != fates[a]]
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def savings(units: Units, fates: Fates) -> Int64:
-    """Return the flips that could save time: of units that cost some, or to a fate that costs less than none."""
-
-    def price(a: int, m: int) -> int:
-        fate = units.units[a].fates[m]
-        return fate.cost_ns + fate.restore_ns
-
-    found = [
-        (a, m)
-        for a, u in enumerate(units.units)
-        for m in range(len(u.fates))
-        if m != fates[a] and (price(a, fates[a]) > 0 or price(a, m) < price(a, fates[a]))
-    ]
-    return np.array(found, np.int64).reshape(-1, 2)
-
-
-def try_flips(units: Units, fates: Fates, pairs: Int64, budget: float) -> tuple[Int64, np.ndarray, Int64]:
-    """Return cost, area above the budget, and peak after each flip."""
-    chunk = max(16, CELLS // len(units.problem.program))
-    parts = []
-    for i in range(0, len(pairs), chunk):
-        some = pairs[i : i + chunk]
-        plans = np.repeat(fates[None, :], len(some), axis=0)
-        plans[np.arange(len(some)), some[:, 0]] = some[:, 1]
-        found = profiles(units, plans)
-        parts.append((found.cost_ns, found.excess(budget), found.peak_bytes()))
-    cost, area, peak = zip(*parts, strict=True)
-    return np.concatenate(cost), np.concatenate(area), np.concatenate(peak)
 
 
 def repair(search: Search, units: Units, start: Fates, budget: float | None = None) -> Fates | None:
@@ -115,11 +79,11 @@ def descend(search: Search, units: Units, start: Fates, budget: float, by_area: 
         if not took:
             i, several = order[0], 1
             walk.step(pool[i], int(costs[i]), float(areas[i]), int(peaks[i]))
-        taken = pool[order[:several], 0]
+        taken = pool[order[:several], :, 0]
         several = min(2 * several, len(order) // STRIDE + 1)
         fresh = len(pool) <= POOL // 4
         pool = walk.pool() if fresh else pool[order[: POOL + len(taken)]]
-        pool = pool[~np.isin(pool[:, 0], taken)]
+        pool = pool[~np.isin(pool[:, :, 0], taken).any(axis=1)]
     return walk.fates if by_area else walk.best
 
 
@@ -135,8 +99,8 @@ class _Walk:
         self._stand(allowed(units, fates))
 
     def pool(self, whole: bool = False) -> Int64:
-        """Return all flips; the most promising, where it is not asked for the whole and that is too large a look."""
-        pool = flips(self.units, self.fates)
+        """Return all moves; the most promising, where it is not asked for the whole and that is too large a look."""
+        pool = moves(self.units, self.fates)
         self.whole = whole or evaluation(self.units, len(pool)) <= LOOK
         if self.whole:
             return pool
@@ -157,20 +121,20 @@ class _Walk:
             self.best, self.best_peak = self.fates.copy(), peak
 
     def look(self, pool: Int64) -> tuple[Int64, np.ndarray, Int64]:
-        """Cost, area and peak after each flip of the pool."""
+        """Cost, area and peak after each move of the pool."""
         self.search.spend(evaluation(self.units, len(pool)))
-        return try_flips(self.units, self.fates, pool, self.budget)
+        return try_moves(self.units, self.fates, pool, self.budget)
 
-    def step(self, flip: Int64, cost: int, area: float, peak: int) -> None:
-        """Take one flip whose outcome is known."""
-        self.fates[flip[0]], self.cost, self.area = flip[1], cost, area
+    def step(self, move: Int64, cost: int, area: float, peak: int) -> None:
+        """Take one move whose outcome is known."""
+        self.fates[move[:, 0]], self.cost, self.area = move[:, 1], cost, area
         self._remember(peak)
 
     def take(self, some: Int64, at_most: float) -> bool:
-        """Take several flips at once if they leave `at_most` this area; return whether they do."""
+        """Take several moves at once if they leave `at_most` this area; return whether they do."""
         before = self.fates, self.cost, self.area
         fates = self.fates.copy()
-        fates[some[:, 0]] = some[:, 1]
+        fates[some[:, :, 0]] = some[:, :, 1]
         self._stand(fates)
         if self.area <= at_most:
             return True
@@ -192,14 +156,14 @@ def polish(search: Search, units: Units, fates: Fates, budget: float | None = No
         pairs, improved, misses = savings(units, fates), False, 0
         if not len(pairs):
             break
-        costs, areas, _ = try_flips(units, fates, pairs, budget)
+        costs, areas, _ = try_moves(units, fates, pairs, budget)
         search.spend(evaluation(units, len(pairs)))
         costs = np.where(areas > 0, np.iinfo(np.int64).max, costs)
         for i in np.argsort(costs, kind="stable"):
             if (costs[i] >= cost and not improved) or misses >= MISSES or search.left() <= 0:
                 break
             other = fates.copy()
-            other[pairs[i, 0]] = pairs[i, 1]
+            other[pairs[i, :, 0]] = pairs[i, :, 1]
             now = profiles(units, other[None, :])
             if now.cost_ns[0] < cost and now.excess(budget)[0] <= 0:
                 fates, cost, improved = other, int(now.cost_ns[0]), True

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from ortools.sat.python import cp_model
 
-from solvers.any_plan import any_plan_bound
+from solvers.any_plan import any_plan_bound, spaced_rows
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor
 from solvers.cuts import explain
 from solvers.epochs import Cut, EpochModel
@@ -25,13 +25,17 @@ from solvers.search import Search
 from solvers.simulate import Usage
 from solvers.units import Units, build_units
 
+Pairs = tuple[tuple[int, int], ...]  # (unit, fate)
+Shares = tuple[tuple[float, ...], ...]  # of every fate of every unit, in a linear relaxation
+
 ROUNDS = 200
 LINEAR_ROUNDS = 3
-LINEAR_SHARE = 0.3  # of the time, which the linear relaxation leaves to the integers
+LINEAR_SHARE = 0.8  # of the time, which the linear relaxation leaves to the integers
 MENDED = 2  # roundings of one linear program that are repaired
 NEW_ROWS = 3
 FIRST_ROWS = 2  # peaks of each known plan
 ANY_SECONDS = 1.0  # at least, for the bound on any plan
+SETTLED = 0.99  # of a fate in the linear relaxation
 SLICE = 0.4  # of the time left, for one round
 LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
 
@@ -56,31 +60,41 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
     """
     rounds = Rounds.after(before, units, search)
     search.bound_ns = cost_floor(search.problem, units)
-    relax(search, rounds)
+    shares, near = relax(search, rounds), False
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
+        fixed = settled(shares, search.fates) if near else ()
         seconds = min(search.left(), max(SLICE * search.left(), 2.0))
-        found = rounds.solve(search.limits, seconds, search.fates)
+        found = rounds.solve(search.limits, seconds, search.fates, fixed)
         if found.infeasible:
             if search.schedule is None:
                 return infeasible(search), rounds
             return answer_any(search, units, rounds), rounds
         search.bound_ns = max(search.bound_ns, math.ceil(found.bound - 1e-6))
-        for fates in found.others:
-            search.offer(to_schedule(units, fates), fates)
-        if found.fates is None:
-            continue
-        usage = search.offer(to_schedule(units, found.fates), found.fates)
-        search.report()
-        if usage.peak_bytes > search.problem.budget_bytes:
-            rounds.learn(found.fates, usage, search.problem.budget_bytes)
-            mend(search, units, found.fates)
-        elif found.optimal and rounds.gap <= search.limits.gap / 2:
+        if _take(search, rounds, found):
             break
-        elif found.optimal:
-            rounds.gap = search.limits.gap / 2
+        near = not near and not found.optimal
     return _answer(search, units, rounds), rounds
+
+
+def _take(search: Search, rounds: Rounds, found: Found) -> bool:
+    """Offer what a round found and learn where it does not fit; return whether it is optimal."""
+    units, budget = rounds.units, search.problem.budget_bytes
+    for fates in found.others:
+        search.offer(to_schedule(units, fates), fates)
+    if found.fates is None:
+        return False
+    usage = search.offer(to_schedule(units, found.fates), found.fates)
+    search.report()
+    if usage.peak_bytes > budget:
+        rounds.learn(found.fates, usage, budget)
+        mend(search, units, found.fates)
+    elif found.optimal and rounds.gap <= search.limits.gap / 2:
+        return True
+    elif found.optimal:
+        rounds.gap = search.limits.gap / 2
+    return False
 
 
 def _answer(search: Search, units: Units, rounds: Rounds) -> Solution:
@@ -99,15 +113,18 @@ def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> So
 
 def bound_any(search: Search, rounds: Rounds) -> int:
     """Return the best bound on any plan over two row sets: evenly spaced ones are sometimes the stronger."""
-    problem, seconds = search.problem, max(ANY_SECONDS, search.left())
-    spaced = np.linspace(problem.turn + 1, len(problem.program) - 1, 12)
-    sets = ({int(t) for t in spaced}, rounds.rows)
-    return max(any_plan_bound(rounds.units, problem.budget_bytes, rows, seconds) for rows in sets)
+    budget, seconds = search.problem.budget_bytes, max(ANY_SECONDS, search.left())
+    sets = [rounds.rows] if search.any_bound_ns else [spaced_rows(search.problem), rounds.rows]
+    return max(search.any_bound_ns, *(any_plan_bound(rounds.units, budget, rows, seconds) for rows in sets))
 
 
-def relax(search: Search, rounds: Rounds) -> None:
-    """Bound the cost by the linear relaxation, add rows where its roundings do not fit, and mend those."""
+def relax(search: Search, rounds: Rounds) -> Shares:
+    """Bound the cost by the linear relaxation, add rows where its roundings do not fit, and mend those.
+
+    Returns the share of every fate of every unit in the last optimum; nothing when there was none.
+    """
     units, budget = rounds.units, search.problem.budget_bytes
+    shares: Shares = ()
     # Rows of its own: those that roundings break only slow the integer search down.
     rounds = replace(rounds, rows=set(rounds.rows))
     for _ in range(LINEAR_ROUNDS):
@@ -121,6 +138,7 @@ def relax(search: Search, rounds: Rounds) -> None:
         if values is None:
             break
         search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))
+        shares = tuple(tuple(values[x.index] if len(xs) > 1 else 0.0 for x in xs) for xs in model.chosen)
         plans = round_all(model, values)
         found = profiles(units, plans)
         area = found.excess(budget)
@@ -131,6 +149,17 @@ def relax(search: Search, rounds: Rounds) -> None:
         if not new:
             break
         rounds.rows.update(new)
+    return shares
+
+
+def settled(shares: Shares, fates: Fates | None) -> Pairs:
+    """Return the (unit, fate) pairs on which the best plan and the linear relaxation agree.
+
+    With these fixed the rest is a small problem, in which a better plan often lies (RINS; Danna et al. 2005).
+    """
+    if fates is None:
+        return ()
+    return tuple((a, int(m)) for a, (m, parts) in enumerate(zip(fates, shares, strict=False)) if parts[m] > SETTLED)
 
 
 def closed(search: Search) -> bool:
@@ -218,9 +247,13 @@ class Rounds:
             model.add_cut(cut, self.budget_bytes)
         return model
 
-    def solve(self, limits: Limits, seconds: float, hint: Fates | None) -> Found:
-        """Solve the relaxation that the known rows and cuts make."""
+    def solve(
+        self, limits: Limits, seconds: float, hint: Fates | None, fixed: tuple[tuple[int, int], ...] = ()
+    ) -> Found:
+        """Solve the relaxation that the known rows and cuts make; with (unit, fate) pairs fixed, it proves nothing."""
         model = self.model()
+        for a, m in fixed:
+            model.model.add(model.chosen[a][m] == 1)
         if hint is not None:
             model.hint(hint)
         solver = cp_model.CpSolver()
@@ -235,15 +268,15 @@ class Rounds:
             solver.parameters.max_deterministic_time = self.work
         listener = _Listener(model, limits)
         status = solver.solve(model.model, listener)
+        proof = not fixed
         if status == cp_model.INFEASIBLE:
-            return Found(None, 0.0, infeasible=True)
+            return Found(None, 0.0, infeasible=proof)
+        bound = solver.best_objective_bound if proof else 0.0
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return Found(None, solver.best_objective_bound, work=_work(solver))
-        objective = round(solver.objective_value)
-        plans = tuple(listener.plans)
-        optimal = status == cp_model.OPTIMAL
-        fates, bound = model.read(solver), solver.best_objective_bound
-        return Found(fates, bound, False, optimal, objective, plans, _work(solver))
+            return Found(None, bound, work=_work(solver))
+        optimal = proof and status == cp_model.OPTIMAL
+        objective, plans = round(solver.objective_value), tuple(listener.plans)
+        return Found(model.read(solver), bound, False, optimal, objective, plans, _work(solver))
 
     def learn(self, fates: Fates, usage: Usage, limit_bytes: int) -> None:
         """Add the rows at which the plan exceeds the limit, and a cut where rows do not suffice."""

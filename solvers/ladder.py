@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.evaluate import Fates, profiles, to_schedule
-from solvers.greedy import descend, evaluation, flips, try_flips
+from solvers.greedy import descend, evaluation
+from solvers.moves import flips, try_moves
 from solvers.problem import Schedule
 from solvers.search import Search
 from solvers.simulate import simulate
@@ -72,7 +73,7 @@ def kick(search: Search, units: Units, best: Low) -> Low:
                 break
             fates[first[0]], before = first[1], fates[first[0]]
             pool = flips(units, fates)
-            _, areas, _ = try_flips(units, fates, pool, target)
+            _, areas, _ = try_moves(units, fates, pool, target)
             search.spend(evaluation(units, len(pool)))
             i = int(np.argmin(areas))
             other = fates.copy()

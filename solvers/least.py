@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from solvers.again import SHARES, lower_again
+from solvers.again import SHARES, lower_again, lower_rounded
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.epochs import EpochModel
 from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles, to_schedule
@@ -33,6 +33,7 @@ PROBES = 4  # linear programs
 GREEDY_WORK = 8.0  # seconds of a slow machine, see `Search.spend`: what a graph of 7,000 ops needs
 KICK_WORK = 0.6
 LINEAR_WORK = 0.6
+ROUNDED_WORK = 6.0
 AGAIN_WORK = 6.0
 EFFORT = 30.0  # seconds: each of them begun allows AGAIN_WORK
 MOST_EFFORT = 20.0  # times that, however long the limit
@@ -89,15 +90,14 @@ def find_least(problem: Problem, limits: Limits) -> Least:
     must serve another. What an earlier call in this process reached is never taken back: it is searched
     again only when the limit had cut that search and is larger now, and the better of both counts.
     """
-    plain = even(problem)
-    key = plain.with_budget(0), limits.seed
+    key = _key(problem, limits)
     before = _known.pop(key, None)
     if before is None or before.seconds < limits.seconds:
         noisy = problem.noise_limit_ppb and any(op.noise_ppb for op in problem.ops)
         half = replace(limits, seconds=limits.seconds / 2) if noisy else limits
         found = _find(key[0], half)
         if noisy:
-            found = replace(_better_exact(plain, found, half), seconds=max(found.seconds, limits.seconds))
+            found = replace(_better_exact(key[0], found, half), seconds=max(found.seconds, limits.seconds))
         if before is not None and before.peak_bytes < found.peak_bytes:
             found = replace(before, seconds=found.seconds)
         before = found
@@ -105,6 +105,15 @@ def find_least(problem: Problem, limits: Limits) -> Least:
     while len(_known) > REMEMBERED:
         _known.popitem(last=False)
     return replace(before, single=_fates_under(problem, before.single))
+
+
+def remembered(problem: Problem, limits: Limits) -> Least | None:
+    """Return what `find_least` reached for this problem in this process, at any budget; None: it was not asked."""
+    return _known.get(_key(problem, limits))
+
+
+def _key(problem: Problem, limits: Limits) -> tuple[Problem, int]:
+    return even(problem).with_budget(0), limits.seed
 
 
 def even(problem: Problem) -> Problem:
@@ -130,6 +139,9 @@ def _find(problem: Problem, limits: Limits) -> Least:
     effort = math.ceil(min(max(1.0, limits.seconds / EFFORT), MOST_EFFORT))
     search.work_left = AGAIN_WORK * effort
     peak, schedule = min(_again(search, units, single, floor), key=lambda found: found[0])
+    left, search.work_left = search.work_left, ROUNDED_WORK * effort
+    schedule = lower_rounded(search, units, schedule, floor)
+    peak, search.work_left = simulate(problem, schedule).peak_bytes, min(left, search.work_left)
     cut = limits.seconds if search.clock() <= 0 else math.inf if search.work_left > 0 else EFFORT * effort
     return Least(single, peak, schedule, floor, cut)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from solvers.evaluate import Fates, profiles
+from solvers.moves import DROP, joined, together
 from solvers.units import Int64, Units
 
 LARGEST = 4  # one in so many is chosen by bytes alone: what is cheap may not suffice
@@ -37,7 +38,7 @@ class Promising:
         self.of, self.start, self.end, self.size = np.array(intervals, np.int64).reshape(-1, 4).T
 
     def best(self, fates: Fates, budget: float, count: int) -> Int64:
-        """Return the `count` most promising (unit, other fate) pairs for a plan that is above `budget`."""
+        """Return the `count` most promising flips for a plan that is above `budget`, and of siblings all together."""
         above = profiles(self.units, fates[None, :]).bytes_at[:, 0] > budget
         upto = np.concatenate(([0], np.cumsum(above)))
         freed = np.zeros(len(self.unit))
@@ -48,7 +49,10 @@ class Promising:
         by_bytes = np.argsort(-gain, kind="stable")[: count // LARGEST]
         chosen = np.unique(np.concatenate((by_score, by_bytes)))
         chosen = chosen[gain[chosen] > 0]
-        return np.stack((self.unit[chosen], self.fate[chosen]), axis=1)
+        dropped = np.isin(np.arange(len(self.units.units)), self.unit[chosen[self.fate[chosen] == DROP]])
+        siblings = together(self.units, fates, DROP)
+        siblings = siblings[dropped[siblings[:, :, 0]].all(axis=1)]
+        return joined(np.stack((self.unit[chosen], self.fate[chosen]), axis=1), siblings)
 
 
 def _pairs(units: Units) -> tuple[Int64, Int64]:

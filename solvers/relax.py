@@ -21,6 +21,7 @@ from solvers.evaluate import Fates, allowed
 LINEAR_SIZE = 250_000  # coefficients of a linear program that is too slow to solve
 COEFFICIENT = 15e-6  # seconds for one of them
 MARGIN = 1e-6  # of an optimum, for what floating point may have added to it
+ENDLESS = 2**62  # an end of a domain that is none
 LEVELS = (0.0005, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 0.9995)  # keep a unit that is kept to at least this part
 
 
@@ -71,7 +72,8 @@ class LinearProgram:
         found: dict[int, float] = {}
         for v, c in zip(variables, coefficients, strict=True):
             found[v] = found.get(v, 0.0) + c / scale
-        self._row(found, -math.inf, domain[-1] / scale)
+        low, high = (math.copysign(math.inf, x) if abs(x) >= ENDLESS else x / scale for x in (domain[0], domain[-1]))
+        self._row(found, low, high)
 
     def _row(self, found: dict[int, float], low: float, high: float) -> None:
         row = len(self.low)

@@ -24,7 +24,8 @@ class Search:
         self.schedule: Schedule | None = None
         self.fates: Fates | None = None
         self.cost_ns: int | None = None
-        self.bound_ns: int | None = None
+        self.bound_ns: int | None = None  # of the class that the solver searches
+        self.any_bound_ns = 0  # of every plan in the program's order
         self.least: tuple[int, Schedule] | None = None  # smallest peak seen, and its schedule
 
     def seconds(self) -> float:

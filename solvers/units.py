@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from solvers.fates import Draft, Fate, FateMaker, Held, Span, encoders, value_spans
 from solvers.problem import Kind, OpId, Problem, ValueId
 
+MOST_SIBLINGS = 8
 TINY = 20  # values of a bundle that make up less than one part in this many are statistics
 Int64 = NDArray[np.int64]
 
@@ -54,6 +55,7 @@ class Units:
     floor_bytes: Int64  # base_bytes without the soft values after their last forward read
     workspace_bytes: Int64  # of program[t]
     program_cost_ns: int
+    siblings: tuple[tuple[int, ...], ...]  # units whose restores read the same one; see `moves`
 
 
 def build_units(problem: Problem) -> Units:
@@ -79,7 +81,19 @@ def build_units(problem: Problem) -> Units:
         floor[h.last_forward + 1 : h.last_backward + 1] -= h.size_bytes
     workspace = np.array([problem.ops[o].workspace_bytes for o in problem.program], np.int64)
     cost = problem.program_cost_ns()
-    return Units(problem, tuple(ordered), unit_of, base, own, _clashes(ordered), soft, floor, workspace, cost)
+    return Units(
+        problem,
+        tuple(ordered),
+        unit_of,
+        base,
+        own,
+        _clashes(ordered),
+        soft,
+        floor,
+        workspace,
+        cost,
+        _siblings(problem, ordered, unit_of),
+    )
 
 
 def rewrites(problem: Problem, fate: Fate) -> frozenset[ValueId]:
@@ -215,6 +229,18 @@ def _base(problem: Problem, units: list[Unit], spans: dict[ValueId, Span]) -> tu
     taken = [0 if op.takes_over is None else problem.value_bytes[op.takes_over] for op in ops]
     writes = np.array([_bytes(problem, op.writes) for op in ops], np.int64) - np.array(taken, np.int64)
     return problem.fixed_bytes + np.cumsum(delta[:n]) + workspace, workspace + writes
+
+
+def _siblings(problem: Problem, units: list[Unit], unit_of: dict[ValueId, int]) -> tuple[tuple[int, ...], ...]:
+    """Group the units that the backward reads and that can be dropped by the unit that their restores read."""
+    children: dict[int, set[int]] = {}
+    for a, unit in enumerate(units):
+        drop = unit.fates[1] if len(unit.fates) > 1 and unit.fates[1].name == "drop" else None
+        if drop is not None and drop.first_read < len(problem.program):
+            for p in {unit_of[v] for v in drop.parents if v in unit_of} - {a}:
+                children.setdefault(p, set()).add(a)
+    groups = (tuple(sorted(group)) for group in children.values() if 1 < len(group) <= MOST_SIBLINGS)
+    return tuple(dict.fromkeys(groups))
 
 
 def _clashes(units: list[Unit]) -> tuple[tuple[tuple[int, int], ...], ...]:

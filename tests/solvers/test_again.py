@@ -10,8 +10,8 @@ from solvers import Limits, Problem, Status, least_peak, simulate, solve, workin
 from solvers.again import unroll
 from solvers.bounds import ANY_PLAN
 from solvers.evaluate import keep_everything, to_schedule
-from solvers.greedy import flips
 from solvers.least import _known, find_least
+from solvers.moves import flips
 from solvers.oracle import oracle_least_peak
 from solvers.units import build_units
 from tests.solvers.problems import random_problem

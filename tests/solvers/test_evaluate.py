@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from solvers import Limits, Problem, simulate
 from solvers import greedy as greedy_module
 from solvers.evaluate import keep_everything, profiles, to_schedule
-from solvers.greedy import flips, repair, savings, try_flips
+from solvers.greedy import repair
+from solvers.moves import flips, savings, try_moves
 from solvers.promising import Promising
 from solvers.search import Search
 from solvers.units import build_units
@@ -47,8 +48,8 @@ def test_nothing_that_saves_time_is_left_out(problem: Problem, share: float) -> 
     every, cost = flips(units, fates), profiles(units, fates[None, :]).cost_ns[0]
     if not len(every):
         return
-    costs, _, _ = try_flips(units, fates, every, problem.budget_bytes)
-    offered = {tuple(pair) for pair in savings(units, fates)}
+    costs, _, _ = try_moves(units, fates, every, problem.budget_bytes)
+    offered = {tuple(move[0]) for move in savings(units, fates)}
     assert offered >= {tuple(pair) for pair, c in zip(every, costs, strict=True) if c < cost}
 
 
@@ -76,7 +77,7 @@ def test_what_frees_most_for_its_cost_is_promising() -> None:
     units = build_units(problem)
     start = keep_everything(units)
     pairs = Promising(units).best(start, problem.budget_bytes, 8)
-    _, areas, _ = try_flips(units, start, pairs, problem.budget_bytes)
+    _, areas, _ = try_moves(units, start, pairs, problem.budget_bytes)
     assert len(pairs)
     assert areas.min() < profiles(units, start[None, :]).excess(problem.budget_bytes)[0]
 

@@ -10,7 +10,7 @@ import pytest
 
 from solvers import InvalidSchedule, Limits, Status, least, least_peak, simulate, solve, working_set
 from solvers.evaluate import fates_of, keep_everything, to_schedule
-from solvers.greedy import flips
+from solvers.moves import flips
 from solvers.units import build_units
 from tests.solvers.problems import at_share, random_problem
 
