@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, target_text, tensors_of
@@ -15,6 +16,9 @@ from graphplan.interface import Interface
 from graphplan.normalise import Extend, is_random, normalise
 from graphplan.order import reorder
 from graphplan.views import aliased_input
+
+# Results that a kernel may make an element longer and then cut, which keeps their memory; their fakes do not say so.
+CUT = {torch.ops.aten._embedding_bag.default: (1, 2)}
 
 
 def build_graph(
@@ -76,14 +80,18 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
             of[node.name] = of[aliased.name]
             continue
         found = []
-        for t in tensors_of(node):
+        for i, t in enumerate(tensors_of(node)):
             key = t.untyped_storage()._cdata
             if key not in ids:
                 ids[key] = len(sizes)
-                sizes.append(t.untyped_storage().nbytes())
+                sizes.append(_nbytes(t, cut=i in CUT.get(node.target, ())))
             found.append(ids[key])
         of[node.name] = tuple(found)
     return of, sizes
+
+
+def _nbytes(t: Tensor, cut: bool) -> int:
+    return t.untyped_storage().nbytes() + (t.element_size() if cut else 0)
 
 
 def _make_ops(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphplan
 import solvers
@@ -98,3 +99,21 @@ def test_an_output_is_not_made_again() -> None:
         assert outputs
         for op in problem.ops:
             assert not (op.repeatable and outputs.intersection(op.writes)), op.name
+
+
+@pytest.mark.parametrize("options", [{"mode": "sum", "padding_idx": 0}, {"mode": "mean"}, {"include_last_offset": True}])
+def test_results_that_kernels_cut_count_whole(options: dict[str, Any]) -> None:
+    """An embedding bag's kernel makes its indices one longer than it returns them."""
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.out = nn.EmbeddingBag(1000, 32, **options), nn.Linear(32, 4)
+
+        def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+            return self.out(self.bag(ids, offsets))
+
+    inputs = (torch.randint(1000, (100,)), torch.arange(0, 100, 10))
+    loss_fn = lambda outputs: outputs.square().mean()  # noqa: E731
+    planned = graphplan.optimize(Bag(), "100%", inputs, loss_fn=loss_fn)
+    assert graphplan.measure(planned, inputs, loss_fn, runs=1).peak_bytes <= planned.plan.peak_bytes
