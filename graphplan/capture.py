@@ -69,7 +69,7 @@ def capture(
     `extend` adds to the graph (`normalise`).
 
     Raises:
-        UnsupportedModel: nothing is trainable, or a parameter is sparse, complex or not yet initialised.
+        UnsupportedModel: nothing is trainable, or a parameter is sparse or not yet initialised.
         CaptureError: the model cannot be traced as one graph, or does not take these inputs.
     """
     check_model(model)
@@ -214,13 +214,12 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name!r} is not initialised yet: call the model once before planning")
         if p.layout is not torch.strided:
             raise UnsupportedModel(f"parameter {name!r} is sparse ({p.layout}); only dense parameters are planned")
-        if p.is_complex():
-            raise UnsupportedModel(f"parameter {name!r} is complex ({p.dtype}); only real parameters are planned")
 
 
 _CUSTOM_OPS = "torch._library.autograd"  # where the Function of a custom op is made
 _PLAIN_TENSOR = "allow_non_fake_inputs"  # torch's words where a tensor is neither parameter nor buffer
-_DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent", "DynamicOutputShape")
+_SHAPE = "DynamicOutputShape"
+_DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "DataDependent", _SHAPE)
 
 
 def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
@@ -235,6 +234,11 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
     words = f"{_headline(first)} {first} {second}"
     if "forward() " in words and "argument" in words:
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
+    elif _SHAPE in _headline(first):
+        lines.append(
+            "  the shape of what this line makes depends on a tensor's values (a boolean mask, nonzero, lengths in a "
+            "tensor); use torch.where, give lengths as Python ints (ctc_loss), or move the line outside the model"
+        )
     elif any(w in words for w in _DATA):
         lines.append(
             "  this line asks a tensor for a Python value (if, int(), .item(), boolean mask), so the graph depends on "

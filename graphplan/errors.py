@@ -33,7 +33,7 @@ class CaptureError(GraphplanError):
 
 
 class UnsupportedModel(GraphplanError, TypeError):
-    """The model has something that graphplan does not train: no trainable parameter, sparse or complex ones."""
+    """The model has something that graphplan does not train: no trainable parameter, or sparse ones."""
 
 
 class NoParts(UnsupportedModel):

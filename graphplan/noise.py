@@ -29,7 +29,7 @@ from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import choose_codecs
 from graphplan.errors import GraphplanError
 from graphplan.instructions import Instruction, Instructions, Loss, instructions_of
-from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes, reader_errors
+from graphplan.replay import Batch, Tape, changed_gradients, gradient_nodes, reader_errors, real_parts
 from graphplan.rewrite import Rewritten
 from graphplan.runtime import like_traced
 from graphplan.tree import arguments
@@ -327,4 +327,5 @@ def _run_step(captured: Capture, rewritten: Rewritten, batch: Batch, key: int) -
         saved.extend(like_traced(t, s) for t, s in zip(tangents, strides, strict=True))
         found: Sequence[Any] = rewritten.backward(saved)
     wanted = gradient_nodes(graph)
-    return {p.path: g for p, g in zip(graph.primals, found, strict=True) if g is not None and p.path in wanted}
+    grads = zip(graph.primals, found, strict=True)
+    return {p.path: real_parts(g) for p, g in grads if g is not None and p.path in wanted}

@@ -120,9 +120,13 @@ class Tape:
                 del self.values[dead]
 
     def gradient(self, name: str) -> Tensor:
-        """Return the gradient of a parameter."""
-        value: Tensor = self.values[self.gradients[name]]
-        return value
+        """Return the gradient of a parameter, as `real_parts`."""
+        return real_parts(self.values[self.gradients[name]])
+
+
+def real_parts(x: Tensor) -> Tensor:
+    """Return a complex tensor as real and imaginary parts, any other as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def gradient_nodes(graph: Graph) -> dict[str, fx.Node]:
@@ -150,7 +154,7 @@ def changed_gradients(tape: Tape, encode: Instruction, readers: Sequence[Instruc
     with torch.no_grad(), torch._C._DisableAutocast():
         encode.emit(again)
         again.backward({tape.graph.ops[r.op].node: r for r in readers if r.op is not None})
-    return {name: again.changed[n] for name, n in tape.gradients.items() if n in again.changed}
+    return {name: real_parts(again.changed[n]) for name, n in tape.gradients.items() if n in again.changed}
 
 
 def reader_errors(tape: Tape, encode: Instruction, readers: Sequence[Instruction], key: int) -> dict[str, float]:
@@ -212,7 +216,8 @@ class _Again:
 
 def _distance(a: Any, b: Any) -> float:
     if isinstance(a, Tensor):
-        difference = a - b if a.is_floating_point() else (a != b).float()
+        number = a.is_floating_point() or a.is_complex()
+        difference = real_parts(a - b) if number else (a != b).float()
         return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
     return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
 

@@ -101,7 +101,9 @@ def test_an_output_is_not_made_again() -> None:
             assert not (op.repeatable and outputs.intersection(op.writes)), op.name
 
 
-@pytest.mark.parametrize("options", [{"mode": "sum", "padding_idx": 0}, {"mode": "mean"}, {"include_last_offset": True}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "sum", "padding_idx": 0}, {"mode": "mean"}, {"include_last_offset": True}]
+)
 def test_results_that_kernels_cut_count_whole(options: dict[str, Any]) -> None:
     """An embedding bag's kernel makes its indices one longer than it returns them."""
 

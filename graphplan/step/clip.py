@@ -66,6 +66,9 @@ def clip_gradients(
     grads = {i: g for i in updated if (g := interface.gradients[i]) is not None}
     if clip.value is not None:
         for i, grad in grads.items():
+            if grad.meta["val"].is_complex():
+                path = interface.primals[i][0].path
+                raise GraphplanError(f"clip_value: the gradient of {path!r} is complex and has no order; use clip_norm")
             grads[i] = _after(graph, grad, aten.clamp.default, (grad, -clip.value, clip.value), backward)
     elif clip.norm is not None and grads:
         measured = _repeat(graph, list(grads.values()), backward) if two_pass else list(grads.values())
