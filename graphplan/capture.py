@@ -236,8 +236,8 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
     elif _SHAPE in _headline(first):
         lines.append(
-            "  the shape of what this line makes depends on a tensor's values (a boolean mask, nonzero, lengths in a "
-            "tensor); use torch.where, give lengths as Python ints (ctc_loss), or move the line outside the model"
+            "  the shape of what this op makes depends on a tensor's values (a boolean mask, nonzero, packed sequences,"
+            " ctc_loss); use torch.where, or move the line outside the model: the loss of optimize is not captured"
         )
     elif any(w in words for w in _DATA):
         lines.append(
