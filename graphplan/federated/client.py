@@ -68,6 +68,7 @@ def train_round(message: Message, context: Context) -> Message:
     unplanned = _integer(told["unplanned-bytes"])
     budget, _ = _budget(config, context, _integer(told["fleet-bytes"]), server_round)
     reserved = _integer(told["reserved-bytes"])
+    torch.set_num_threads(_integer(told["threads"]))  # as the plan counts on: kernels' scratch depends on it
     seed = f"{config.seed}/{client}/{server_round}"
     torch.manual_seed(number_of(seed))  # for models that draw random numbers
     report: dict[str, Any] = {"outcome": "trained", "reason": ""}

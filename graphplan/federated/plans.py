@@ -72,7 +72,6 @@ class Planner:
     devices: dict[str, Device] = field(default_factory=dict)
     made: dict[Hashable, Frontier] = field(default_factory=dict)  # what an earlier run of the same task has found
     cache: FrontierCache = field(init=False)
-    profiled: Device | None = None  # what was planned for last
     texts: dict[tuple[str, int], bytes] = field(default_factory=dict)  # by class and place on its frontier
     grounds: dict[str, Candidate] = field(default_factory=dict)  # what each class was planned on
 
@@ -83,6 +82,11 @@ class Planner:
     def frontier(self, device_class: str) -> Frontier:
         """Return the frontier of a class; its Device, when one was reported, is planned for."""
         return self.cache.get((device_class, self.execution))
+
+    def threads(self, device_class: str) -> int:
+        """Return on how many threads a class's ops were measured: kernels' scratch depends on it."""
+        given = self.devices.get(device_class)
+        return given.threads if given else torch.get_num_threads()
 
     def unplanned(self, device_class: str) -> Plan:
         """Return the class's plan at the unplanned peak: what a step takes and costs without a plan."""
@@ -130,7 +134,7 @@ class Planner:
             candidates = with_parts(candidates, options, source)
         if execution.forms and given is not None:
             candidates = _measured(candidates)
-        self.profiled, self.grounds[device_class] = device, candidates[0]
+        self.grounds[device_class] = candidates[0]
         prepared = candidates[0].prepared
         if not execution.planned:
             kept = solvers.solve(prepared.problem, "keep_all")

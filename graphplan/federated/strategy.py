@@ -186,6 +186,7 @@ class PlannedStrategy(Strategy):
                 "unplanned-bytes": self.planner.unplanned(client.device_class).baseline_peak_bytes,
                 "fleet-bytes": self.fleet_bytes,
                 "reserved-bytes": self.reserved_bytes,
+                "threads": self.planner.threads(client.device_class),
                 "proximal-mu": self.method.proximal_mu,
                 "width": self.width,
             }

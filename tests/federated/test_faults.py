@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType
 
 from graphplan.device import Device
@@ -189,8 +190,12 @@ def test_plans_that_are_cut_off_or_blow_up_are_refused() -> None:
 
 
 @pytest.fixture
-def trainer(config: RunConfig) -> Trainer:
-    return client_module._trainer(config, 1.0)
+def trainer(config: RunConfig) -> Iterator[Trainer]:
+    """As a client has it, on the threads that its device was profiled on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(Device.load(config.device).threads)
+    yield client_module._trainer(config, 1.0)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from graphplan.device import Device
 from graphplan.federated import METHODS, FederatedError, Frontier, RunConfig
+from graphplan.federated import client as client_module
+from graphplan.federated.execution import Outcome, train
 from graphplan.federated.launch import run_simulation
 from graphplan.federated.testing import run_in_process
 
@@ -35,6 +40,23 @@ def test_every_form_of_a_step_lets_clients_take_part_that_no_other_plan_fits(con
     report = run(replace(mlp, codecs="", forms=True))
     _check_budgets(report, "forms")
     assert (report["rounds"][0]["taking_part"], run(mlp)["rounds"][0]["taking_part"]) == (4, 2)
+
+
+def test_clients_train_on_as_many_threads_as_the_given_device(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A saved profile says what ops need on its number of threads: on another one a plan's bytes may be exceeded."""
+    seen = set[int]()
+
+    def looking(*args: Any) -> Outcome:
+        seen.add(torch.get_num_threads())
+        return train(*args)
+
+    monkeypatch.setattr(client_module, "train", looking)
+    device = replace(Device.load(config.device), threads=3)
+    device.save(tmp_path / "device.json")
+    report = run_in_process(replace(config, method="fedavg", device=str(tmp_path / "device.json")))
+    assert (seen, report["rounds"][0]["failed"]) == ({3}, 0)
 
 
 def _check_budgets(report: dict[str, Any], name: str) -> None:
