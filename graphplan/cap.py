@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+_UNTOLD = "could not create a primitive"  # oneDNN, of its own memory
 _REFUSALS = (
     "can't allocate memory",
     "cannot allocate memory",
     "bad_alloc",
     "bad allocation",
     "out of memory",
-    "could not create a primitive",  # oneDNN, of its own memory
+    _UNTOLD,
 )
 
 
@@ -49,7 +50,7 @@ class Cap:
         if error is None or not is_refusal(error):
             return False
         said = (str(error).splitlines() or ["no memory"])[0].rpartition("err == 0. ")[2]
-        self.refusal = f"{type(error).__name__}: {said}"
+        self.refusal = f"{type(error).__name__}: {said}" + " (oneDNN was given no memory)" * (_UNTOLD in said)
         return True
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from graphplan import Plan
-from graphplan.cap import is_refusal
+from graphplan.cap import Cap, is_refusal
 from graphplan.cli import app, demo
 from graphplan.cli.output import BAD_INPUT
 
@@ -38,6 +38,13 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == BAD_INPUT
     assert "pip install its-name-on-pypi" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits anonymous memory by RLIMIT_DATA")
+def test_a_refusal_that_does_not_name_memory_is_said_to_be_one() -> None:
+    with Cap(1 << 40) as cap:
+        raise RuntimeError("could not create a primitive")
+    assert cap.refusal == "RuntimeError: could not create a primitive (oneDNN was given no memory)"
 
 
 def test_what_counts_as_refused_memory() -> None:
