@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from solvers.again import fit_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
-from solvers.evaluate import Fates, fates_of, keep_everything, to_schedule
+from solvers.checkpoints import checkpointed
+from solvers.evaluate import CLASH_NS, Fates, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import improve, polish
 from solvers.ilp import answer_any, closed, prove
 from solvers.least import Least, find_least, remembered
@@ -40,6 +43,8 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     fitting = offer_known(search, units)
     known = remembered(problem, limits)
     if fitting or known is None or known.single.peak_bytes <= problem.budget_bytes:
+        search.stage = "checkpoints"
+        fitting += offer_checkpoints(search, units)
         search.stage = "greedy"
         improve(search, units, start, tries=0)
         for fates in fitting:
@@ -65,6 +70,18 @@ def offer_known(search: Search, units: Units) -> list[Fates]:
             if search.schedule == schedule:
                 search.fates = fates
     return fitting
+
+
+def offer_checkpoints(search: Search, units: Units) -> list[Fates]:
+    """Offer the cheapest plan of `checkpointed` that fits; return its fates, if there is one."""
+    plans = checkpointed(units)
+    found = profiles(units, plans)
+    costs = np.where(found.excess(search.problem.budget_bytes) > 0, CLASH_NS, found.cost_ns)
+    best = plans[np.argmin(costs)]
+    if costs.min() >= CLASH_NS:
+        return []
+    search.offer(to_schedule(units, best), best)
+    return [best]
 
 
 def relax(search: Search, units: Units, fates: Fates) -> None:

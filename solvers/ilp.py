@@ -15,6 +15,7 @@ from ortools.sat.python import cp_model
 
 from solvers.any_plan import any_plan_bound, spaced_rows
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor
+from solvers.checkpoints import checkpointed
 from solvers.cuts import explain
 from solvers.epochs import Cut, EpochModel
 from solvers.evaluate import Fates, keep_everything, peaks, profiles, to_schedule
@@ -30,8 +31,10 @@ Shares = tuple[tuple[float, ...], ...]  # of every fate of every unit, in a line
 
 ROUNDS = 200
 LINEAR_ROUNDS = 3
-LINEAR_SHARE = 0.8  # of the time, which the linear relaxation leaves to the integers
+LINEAR_SHARE = 0.8  # of the time, which linear relaxations after the first leave to the integers
 MENDED = 2  # roundings of one linear program that are repaired
+WIDE = 0.01  # a gap after it for which other plans are
+STARTS, STARTS_SHARE = 4, 0.3  # so many, while this part of the time is left
 NEW_ROWS = 3
 FIRST_ROWS = 2  # peaks of each known plan
 ANY_SECONDS = 1.0  # at least, for the bound on any plan
@@ -61,6 +64,8 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
     rounds = Rounds.after(before, units, search)
     search.bound_ns = cost_floor(search.problem, units)
     shares, near = relax(search, rounds), False
+    if before is None:
+        mend_checkpoints(search, units)
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
@@ -127,8 +132,9 @@ def relax(search: Search, rounds: Rounds) -> Shares:
     shares: Shares = ()
     # Rows of its own: those that roundings break only slow the integer search down.
     rounds = replace(rounds, rows=set(rounds.rows))
-    for _ in range(LINEAR_ROUNDS):
-        if closed(search) or search.left() <= LINEAR_SHARE * search.limits.seconds:
+    for done in range(LINEAR_ROUNDS):
+        late = search.left() <= LINEAR_SHARE * search.limits.seconds
+        if closed(search) or (late and done):
             break
         model = rounds.model()
         program = LinearProgram(model)
@@ -152,6 +158,17 @@ def relax(search: Search, rounds: Rounds) -> Shares:
     return shares
 
 
+def mend_checkpoints(search: Search, units: Units) -> None:
+    """Where the linear relaxation left a wide gap, mend the cheapest of the `checkpointed` plans that do not fit."""
+    plans = checkpointed(units)  # the first keeps everything, and `improve` has mended it
+    found = profiles(units, plans)
+    wide = 1 + np.flatnonzero(found.excess(search.problem.budget_bytes)[1:] > 0)
+    for k in wide[np.argsort(found.cost_ns[wide], kind="stable")][:STARTS]:
+        if closed(search, WIDE) or search.left() <= STARTS_SHARE * search.limits.seconds:
+            break
+        mend(search, units, plans[k])
+
+
 def settled(shares: Shares, fates: Fates | None) -> Pairs:
     """Return the (unit, fate) pairs on which the best plan and the linear relaxation agree.
 
@@ -162,11 +179,11 @@ def settled(shares: Shares, fates: Fates | None) -> Pairs:
     return tuple((a, int(m)) for a, (m, parts) in enumerate(zip(fates, shares, strict=False)) if parts[m] > SETTLED)
 
 
-def closed(search: Search) -> bool:
-    """Return whether the best plan meets the bound to within the gap asked for."""
+def closed(search: Search, gap: float = 0.0) -> bool:
+    """Return whether the best plan meets the bound to within a gap, or to within the one asked for."""
     if search.cost_ns is None or search.bound_ns is None:
         return False
-    return search.cost_ns - search.bound_ns <= search.limits.gap * search.cost_ns
+    return search.cost_ns - search.bound_ns <= max(gap, search.limits.gap) * search.cost_ns
 
 
 def infeasible(search: Search) -> Solution:

@@ -18,21 +18,24 @@ import numpy as np
 
 from solvers.again import SHARES, lower_again, lower_rounded
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
+from solvers.checkpoints import checkpointed
 from solvers.epochs import EpochModel
 from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles, to_schedule
-from solvers.greedy import descend, polish
+from solvers.greedy import descend, evaluation, polish
 from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.ladder import Low, better, kick, low_of, lower, near
+from solvers.moves import flips
 from solvers.problem import Limits, Problem, Schedule, Solution, Status
-from solvers.relax import COEFFICIENT, LINEAR_SIZE, LinearProgram, round_all
+from solvers.relax import COEFFICIENT, LinearProgram, round_all
 from solvers.search import Search
 from solvers.simulate import simulate
 from solvers.units import Units, build_units
 
 PROBES = 4  # linear programs
 GREEDY_WORK = 8.0  # seconds of a slow machine, see `Search.spend`: what a graph of 7,000 ops needs
+LARGE = 0.08  # of that, for a look at all flips
 KICK_WORK = 0.6
-LINEAR_WORK = 0.6
+LINEAR_WORK, MOST_LINEAR = 0.6, 1.2  # of all linear programs, and of one
 ROUNDED_WORK = 6.0
 AGAIN_WORK = 6.0
 EFFORT = 30.0  # seconds: each of them begun allows AGAIN_WORK
@@ -161,9 +164,8 @@ def _again(search: Search, units: Units, single: Low, floor: int) -> Iterator[tu
 
 def _single(search: Search, units: Units, best: Low) -> Low:
     """The ladder of efforts, one recompute a value."""
-    search.work_left = GREEDY_WORK
-    best = lower(search, units, best)
-    search.work_left = min(KICK_WORK, search.work_left)
+    best = _descended(search, units, best)
+    search.work_left = KICK_WORK
     best = kick(search, units, best)
     before = best.peak_bytes
     search.work_left = LINEAR_WORK
@@ -175,6 +177,21 @@ def _single(search: Search, units: Units, best: Low) -> Low:
     if len(units.units) * len(search.problem.program) <= EXACT_SIZE:
         best = _refine(search, units, best)
     return best
+
+
+def _descended(search: Search, units: Units, kept: Low) -> Low:
+    """Return the least peak that flips reach from the best checkpoints, and from everything kept: in a large graph
+    thousands of them would have to be taken from there, and it is left out.
+    """
+    plans = checkpointed(units)
+    search.spend(evaluation(units, len(plans)))
+    start = better(units, kept, plans[np.argmin(profiles(units, plans).peak_bytes())])
+    starts = [start] if evaluation(units, len(flips(units, kept.vector))) > LARGE else [start, kept]
+    found = []
+    for start in starts:
+        search.work_left = GREEDY_WORK / len(starts)
+        found.append(lower(search, units, start))
+    return min(found, key=lambda low: low.peak_bytes)
 
 
 def _better_exact(problem: Problem, found: Least, limits: Limits) -> Least:
@@ -199,9 +216,10 @@ def _round(search: Search, units: Units, best: Low) -> Low:
         middle = (low + best.peak_bytes) // 2
         model = EpochModel(units, [t for t in rows if t > turn], [t for t in rows if t <= turn], middle)
         program = LinearProgram(model)
-        search.spend(COEFFICIENT * len(program))
+        work = COEFFICIENT * len(program)
+        search.spend(work)
         values = None
-        if len(program) <= LINEAR_SIZE:
+        if work <= MOST_LINEAR:
             values, _ = program.solve(search.clock())
         if values is not None:
             plans = round_all(model, values)
