@@ -37,17 +37,24 @@ def lower(
     names = {s.id: s.name for s in graph.storages} | {e.id: e.name for e in instructions.encoded}
     sizes = {s.id: s.nbytes for s in graph.storages} | {e.id: e.nbytes for e in instructions.encoded}
     noisy = {e.id: noise_ppb(graph, e, noise) for e in instructions.encoded if e.lossy}
+    codes = {e.id for e in instructions.encoded}
 
     def to_op(i: int, item: Instruction) -> Op:
         program = i < len(instructions.program)
+        original = None if program else _stands_for(graph, instructions, item)
+        cost = profile.cost_ns[i]
+        if original is not None and not codes.isdisjoint(item.reads):
+            # Measured, it is sometimes faster than what it replaces: of many such the noise would choose some, and
+            # where everything fits, everything is kept.
+            cost = max(cost, profile.cost_ns[original])
         return Op(
             name=item.name,
             reads=tuple(index[s] for s in item.reads),
             writes=tuple(index[s] for s in item.writes),
-            cost_ns=profile.cost_ns[i],
+            cost_ns=cost,
             workspace_bytes=profile.workspace_bytes[i],
             repeatable=item.repeatable,
-            instead_of=None if program else _stands_for(graph, instructions, item),
+            instead_of=original,
             kind=_KINDS.get(item.kind, Kind.COMPUTE),
             takes_over=None if item.takes_over is None else index[item.takes_over],
             noise_ppb=sum(noisy.get(s, 0) for s in item.writes),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ import graphplan
 from graphplan import functions
 from graphplan.capture import Capture, capture
 from graphplan.codecs import CODECS, choose_codecs
+from graphplan.graph import Graph
 from graphplan.instructions import Instruction, Instructions, instructions_of
+from graphplan.profile import Profile, profile
 from graphplan.rewrite import rewrite
 from graphplan.runtime import Step
 from graphplan.state import lookup
@@ -255,6 +258,21 @@ def test_a_tight_budget_brings_codecs(name: str) -> None:
     planned = graphplan.optimize(model, free.plan.minimum_peak_bytes, (x,), time_limit=20)
     graphplan.verify(planned, model, (x,))
     assert {d.codec for d in planned.plan.decisions.values()} & set(CODECS), planned.plan
+
+
+def test_where_everything_fits_everything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the alternatives that read a code were in one measurement of this machine."""
+    module = importlib.import_module("graphplan.optimize")
+
+    def lucky(graph: Graph, instructions: Instructions, *args: Any, **more: Any) -> Profile:
+        codes = {e.id for e in instructions.encoded}
+        costs = tuple(0 if {*i.reads, *i.writes} & codes else 1_000_000 for i in instructions.items)
+        return replace(profile(graph, instructions, *args, **more), cost_ns=costs)
+
+    monkeypatch.setattr(module, "profile", lucky)
+    model = nn.Sequential(Net(F.relu), nn.Conv2d(4, 3, 3, padding=1), Net(F.relu))
+    plan = graphplan.optimize(model, "100%", (torch.randn(8, 3, 32, 32),), time_limit=20).plan
+    assert {d.fate for d in plan.decisions.values()} == {"keep"}
 
 
 def test_what_an_upcast_widened_stays_narrow() -> None:
