@@ -40,18 +40,13 @@ def lower(
     codes = {e.id for e in instructions.encoded}
 
     def to_op(i: int, item: Instruction) -> Op:
-        program = i < len(instructions.program)
-        original = None if program else _stands_for(graph, instructions, item)
-        cost = profile.cost_ns[i]
-        if original is not None and not codes.isdisjoint(item.reads):
-            # Measured, it is sometimes faster than what it replaces: of many such the noise would choose some, and
-            # where everything fits, everything is kept.
-            cost = max(cost, profile.cost_ns[original])
+        original = None if i < len(instructions.program) else _stands_for(graph, instructions, item)
+        alternative = original if not codes.isdisjoint(item.reads) else None
         return Op(
             name=item.name,
             reads=tuple(index[s] for s in item.reads),
             writes=tuple(index[s] for s in item.writes),
-            cost_ns=cost,
+            cost_ns=_cost(profile, i, alternative),
             workspace_bytes=profile.workspace_bytes[i],
             repeatable=item.repeatable,
             instead_of=original,
@@ -61,10 +56,9 @@ def lower(
         )
 
     ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
-    turn = instructions.turn
+    turn, end = instructions.turn, instructions.program[-1]
     tangents = sum(sizes[s] for s in instructions.items[turn].writes)
     ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
-    end = instructions.program[-1]
     ops[end] = _with_workspace(ops[end], gradient_copies_bytes(graph))
     problem = Problem(
         name=graph.name,
@@ -155,6 +149,16 @@ def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> 
         return None
     # Program position of a graph op: the turn stands between forward and backward ops.
     return item.op if item.op < instructions.turn else item.op + 1
+
+
+def _cost(profile: Profile, i: int, alternative_to: int | None) -> int:
+    """Return what an instruction costs: at least what it is the alternative to.
+
+    What reads a code sometimes measures faster than what it replaces: of many such the noise would choose some, while
+    where everything fits, everything is to be kept.
+    """
+    cost = profile.cost_ns[i]
+    return cost if alternative_to is None else max(cost, profile.cost_ns[alternative_to])
 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:

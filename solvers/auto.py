@@ -14,7 +14,7 @@ import numpy as np
 from solvers.again import fit_again
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.checkpoints import checkpointed
-from solvers.evaluate import CLASH_NS, Fates, fates_of, keep_everything, profiles, to_schedule
+from solvers.evaluate import Fates, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import improve, polish
 from solvers.ilp import answer_any, closed, prove
 from solvers.least import Least, find_least, remembered
@@ -73,15 +73,12 @@ def offer_known(search: Search, units: Units) -> list[Fates]:
 
 
 def offer_checkpoints(search: Search, units: Units) -> list[Fates]:
-    """Offer the cheapest plan of `checkpointed` that fits; return its fates, if there is one."""
+    """Offer the plan of `checkpointed` with the least peak, which leaves most to polish; return it if it fits."""
     plans = checkpointed(units)
     found = profiles(units, plans)
-    costs = np.where(found.excess(search.problem.budget_bytes) > 0, CLASH_NS, found.cost_ns)
-    best = plans[np.argmin(costs)]
-    if costs.min() >= CLASH_NS:
-        return []
-    search.offer(to_schedule(units, best), best)
-    return [best]
+    best = np.argmin(np.where(found.refused, np.iinfo(np.int64).max, found.peak_bytes()))
+    usage = search.offer(to_schedule(units, plans[best]), plans[best])
+    return [plans[best]] if usage.peak_bytes <= search.problem.budget_bytes else []
 
 
 def relax(search: Search, units: Units, fates: Fates) -> None:
