@@ -32,7 +32,7 @@ Shares = tuple[tuple[float, ...], ...]  # of every fate of every unit, in a line
 ROUNDS = 200
 LINEAR_ROUNDS = 3
 LINEAR_SHARE = 0.8  # of the time, which linear relaxations after the first leave to the integers
-MENDED = 2  # roundings of one linear program that are repaired
+MENDED = 2  # roundings of one linear program that are repaired, the next one where the last was the best so far
 WIDE = 0.01  # a gap after it for which other plans are
 STARTS, STARTS_SHARE = 4, 0.3  # so many, while this part of the time is left
 NEW_ROWS = 3
@@ -150,7 +150,8 @@ def relax(search: Search, rounds: Rounds) -> Shares:
         area = found.excess(budget)
         order = np.lexsort((found.cost_ns, area))
         for k in order[:MENDED]:
-            mend(search, units, plans[k])
+            if not mend(search, units, plans[k]):
+                break
         new = new_rows(found.bytes_at[:, order[0]], budget, rounds.rows)
         if not new:
             break
@@ -166,7 +167,8 @@ def mend_checkpoints(search: Search, units: Units) -> None:
     for k in wide[np.argsort(found.cost_ns[wide], kind="stable")][:STARTS]:
         if closed(search, WIDE) or search.left() <= STARTS_SHARE * search.limits.seconds:
             break
-        mend(search, units, plans[k])
+        if not mend(search, units, plans[k]):
+            break
 
 
 def settled(shares: Shares, fates: Fates | None) -> Pairs:
@@ -193,12 +195,13 @@ def infeasible(search: Search) -> Solution:
     return Solution(Status.INFEASIBLE, None, bound, ONE_RECOMPUTE, search.solver, search.seconds(), least)
 
 
-def mend(search: Search, units: Units, fates: Fates) -> None:
-    """Offer the nearest plan to `fates` that does fit."""
-    mended = repair(search, units, fates)
+def mend(search: Search, units: Units, fates: Fates) -> bool:
+    """Offer the nearest plan to `fates` that does fit; return whether it is the best so far."""
+    mended, before = repair(search, units, fates), search.cost_ns
     if mended is not None:
         mended = polish(search, units, mended)
         search.offer(to_schedule(units, mended), mended)
+    return search.cost_ns != before
 
 
 def start_rows(units: Units, *plans: Fates | None, spread: int = 0) -> set[int]:
