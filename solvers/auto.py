@@ -75,10 +75,9 @@ def offer_known(search: Search, units: Units) -> list[Fates]:
 def offer_checkpoints(search: Search, units: Units) -> list[Fates]:
     """Offer the plan of `checkpointed` with the least peak, which leaves most to polish; return it if it fits."""
     plans = checkpointed(units)
-    found = profiles(units, plans)
-    best = np.argmin(np.where(found.refused, np.iinfo(np.int64).max, found.peak_bytes()))
-    usage = search.offer(to_schedule(units, plans[best]), plans[best])
-    return [plans[best]] if usage.peak_bytes <= search.problem.budget_bytes else []
+    best = plans[np.argmin(profiles(units, plans).peak_bytes())]
+    usage = search.offer(to_schedule(units, best), best)
+    return [best] if usage.peak_bytes <= search.problem.budget_bytes else []
 
 
 def relax(search: Search, units: Units, fates: Fates) -> None:

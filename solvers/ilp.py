@@ -161,6 +161,8 @@ def relax(search: Search, rounds: Rounds) -> Shares:
 
 def mend_checkpoints(search: Search, units: Units) -> None:
     """Where the linear relaxation left a wide gap, mend the cheapest of the `checkpointed` plans that do not fit."""
+    if closed(search, WIDE):
+        return
     plans = checkpointed(units)  # the first keeps everything, and `improve` has mended it
     found = profiles(units, plans)
     wide = 1 + np.flatnonzero(found.excess(search.problem.budget_bytes)[1:] > 0)
