@@ -18,18 +18,18 @@ from itertools import chain
 import numpy as np
 
 from solvers.any_plan import COEFFICIENT, LARGEST, relax_any, spaced_rows
-from solvers.evaluate import keep_everything, peaks, to_schedule
+from solvers.evaluate import keep_everything, peaks, profiles, to_schedule
 from solvers.greedy import descend, polish
 from solvers.ladder import Low
 from solvers.problem import Kind, Op, OpId, Problem, Schedule, ValueId
 from solvers.roundings import round_any
 from solvers.search import Search
-from solvers.simulate import simulate, take_overs
+from solvers.simulate import Usage, simulate, take_overs
 from solvers.spare import spare
 from solvers.units import Units, build_units
 
 TURNS = 6  # steps at which a schedule is turned, the highest peaks first, before it counts as as low as can be
-STEP = 2e-4  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
+STEP = 2.5e-5  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
 LESS = 0.999  # of the area above the target must be left at most, for a turn to count
 SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
 THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
@@ -60,11 +60,19 @@ class _Unroller:
     values: list[ValueId] = field(default_factory=list)  # new value -> original
     written: list[int] = field(default_factory=list)  # new value -> step
     version: dict[ValueId, ValueId] = field(default_factory=dict)  # original value -> newest version
+    alternatives: dict[OpId, list[OpId]] = field(default_factory=dict)  # what may run in the place of an op
+
+    def __post_init__(self) -> None:
+        """Find the alternatives of each op."""
+        for i, op in enumerate(self.problem.ops):
+            if op.instead_of is not None and op.kind is Kind.COMPUTE:
+                self.alternatives.setdefault(op.instead_of, []).append(i)
 
     def step(self, o: OpId, taken: ValueId | None, repeatable: bool) -> None:
         """Add one step of the schedule; `taken` is the value that it takes over there."""
         op, t = self.problem.ops[o], len(self.ops)
-        before = dict(self.version) if not op.repeatable else self.version
+        alternatives = self.alternatives.get(o, []) if not op.repeatable else []
+        before = dict(self.version) if alternatives else self.version
         reads = tuple(self.version[v] for v in op.reads)
         over = None if taken is None else self.version[taken]
         # A value that crosses the new turn, or is read there, keeps its memory.
@@ -77,13 +85,9 @@ class _Unroller:
         writes = tuple(self.version[v] for v in op.writes)
         self.ops.append(Op(op.name, reads, writes, op.cost_ns, op.workspace_bytes, repeatable, takes_over=over))
         self.origin.append(o)
-        if not op.repeatable:
-            self._variants(o, t, before)
-
-    def _variants(self, o: OpId, t: int, before: dict[ValueId, ValueId]) -> None:
-        """What may run in the place of a step that runs once."""
-        for i, op in enumerate(self.problem.ops):
-            if op.instead_of == o and op.kind is Kind.COMPUTE and before.keys() >= set(op.reads):
+        for i in alternatives:
+            op = self.problem.ops[i]
+            if before.keys() >= set(op.reads):
                 reads, writes = tuple(before[v] for v in op.reads), tuple(self.version[v] for v in op.writes)
                 self.variants.append((replace(op, reads=reads, writes=writes, instead_of=t, takes_over=None), i))
 
@@ -191,20 +195,22 @@ def _above(problem: Problem, schedule: Schedule, budget: int, known: Container[i
 
 def _fit(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule:
     """Bring a schedule down towards `target`, one turn after the other; return that of least peak on the way."""
-    best, least = schedule, simulate(problem, schedule).peak_bytes
+    usage = simulate(problem, schedule)
+    best, least = schedule, usage.peak_bytes
     while least > target and search.left() > 0:
-        found = _down(search, problem, schedule, target)
+        found = _down(search, problem, schedule, usage, target)
         if found is None:
             break
-        schedule, peak = found, simulate(problem, found).peak_bytes
-        if peak < least:
-            best, least = schedule, peak
+        schedule, usage = found
+        if usage.peak_bytes < least:
+            best, least = schedule, usage.peak_bytes
     return best
 
 
-def _down(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule | None:
+def _down(
+    search: Search, problem: Problem, schedule: Schedule, usage: Usage, target: float
+) -> tuple[Schedule, Usage] | None:
     """Turn at one of the highest peaks and flip: return what has less area above the target; None: no turn helps."""
-    usage = simulate(problem, schedule)
     for turn in _turns(problem, schedule, usage.bytes_at):
         if search.left() <= 0:
             return None
@@ -212,16 +218,17 @@ def _down(search: Search, problem: Problem, schedule: Schedule, target: float) -
         units = build_units(unrolled.problem)
         search.spend(STEP * len(schedule))
         fates = descend(search, units, keep_everything(units), target, by_area=True)
-        if simulate(unrolled.problem, to_schedule(units, fates)).peak_bytes <= target:
+        if profiles(units, fates[None, :]).excess(target)[0] <= 0:
             fates = polish(search, units, fates, target)
         found = unrolled.fold(to_schedule(units, fates))
-        if _area(problem, found, target) < LESS * _area(problem, schedule, target):
-            return found
+        reached = simulate(problem, found)
+        if _area(reached, target) < LESS * _area(usage, target):
+            return found, reached
     return None
 
 
-def _area(problem: Problem, schedule: Schedule, target: float) -> float:
-    return sum(max(0.0, b - target) for b in simulate(problem, schedule).bytes_at)
+def _area(usage: Usage, target: float) -> float:
+    return sum(max(0.0, b - target) for b in usage.bytes_at)
 
 
 def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...]) -> list[int]:

@@ -32,7 +32,7 @@ from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from solvers.bounds import cost_floor
-from solvers.fates import Fate, encoders
+from solvers.fates import Fate, encoders, value_spans
 from solvers.problem import OpId, Problem, ValueId
 from solvers.units import Unit, Units
 
@@ -99,6 +99,7 @@ class _Program:
     values: list[float] = field(default_factory=list)
     held: dict[ValueId, list[int]] = field(default_factory=dict)
     last_forward: dict[ValueId, int] = field(default_factory=dict)  # until then a value is in `floor_bytes`
+    backward: dict[ValueId, tuple[int, ...]] = field(default_factory=dict)  # reads after the turn
     again: list[list[int]] = field(default_factory=list)
     decoded: dict[ValueId, list[int]] = field(default_factory=dict)
     encoded: dict[ValueId, list[int]] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class _Program:
     def build(self) -> None:
         """Declare every column, then the rows in the order of the docstring."""
         encoder = {o: v for v, o in encoders(self.units.problem)}
+        self.backward = {v: span.backward for v, span in value_spans(self.units.problem).items()}
         for unit in self.units.units:
             for f in unit.fates:
                 if f.encode is not None:
@@ -186,7 +188,7 @@ class _Program:
         """Each epoch in which the program reads v: there, or where an alternative reads it, its encoding."""
         problem, last = self.units.problem, self.units.problem.turn
         for i, t in enumerate([*self.rows, len(problem.program) - 1]):
-            readers = [q for q in problem.program[last + 1 : t + 1] if v in problem.ops[q].reads]
+            readers = [problem.program[r] for r in self.backward[v] if last < r <= t]
             last = max(last, t)
             if readers:
                 covered = [(self.encoded[v][i], 1.0)] if self._covered(v).issuperset(readers) else []

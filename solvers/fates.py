@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from solvers.problem import Kind, OpId, Problem, ValueId
@@ -72,12 +73,15 @@ def value_spans(problem: Problem) -> dict[ValueId, Span]:
             reads[v].append(t)
         for v in problem.ops[o].writes:
             write[v], reads[v] = t, []
-    spans = {}
+    taken, spans = {op.takes_over for op in problem.ops}, {}
     for v, w in write.items():
-        own = [t - (problem.ops[problem.program[t]].takes_over == v) for t in reads[v]]
-        forward = max((t for t in own if t <= problem.turn), default=w)
-        backward = tuple(sorted({t for t in reads[v] if t > problem.turn}))
-        spans[v] = Span(w, max(w, forward), max(w, forward, *own), backward)
+        own = reads[v]  # ascending: no sorting, no search, as this runs for every unrolled schedule
+        if v in taken:
+            own = [t - (problem.ops[problem.program[t]].takes_over == v) for t in own]
+        before, after = bisect_right(own, problem.turn), bisect_right(reads[v], problem.turn)
+        forward = max(w, own[before - 1]) if before else w
+        last = max(forward, own[-1]) if own else forward
+        spans[v] = Span(w, forward, last, tuple(dict.fromkeys(reads[v][after:])))
     return spans
 
 

@@ -22,8 +22,9 @@ STRIDE = 8  # of that many flips at most one is taken in one step
 MISSES = 4  # flips that no longer help, before polish evaluates all of them again
 REPAIR_SHARE = 0.6  # of the time: a plan at all comes first
 POLISH_SHARE = 0.1  # of the time at least
-PLAN_WORK = 6e-8  # of one position of one plan that is evaluated
-LOOK = 0.3  # work of one look at flips; where there are more, the most promising are looked at first
+UNIT_WORK, POSITION_WORK = 2.5e-8, 8e-9  # of each unit and position of a plan that is evaluated
+ASK_WORK = 2e-6  # of each unit, in making a list of plans to evaluate
+LOOK = 0.05  # work of one look at flips; where there are more, the most promising are looked at first
 
 
 def solve_greedy(problem: Problem, limits: Limits) -> Solution:
@@ -106,7 +107,7 @@ class _Walk:
             return pool
         self.promising = self.promising or Promising(self.units)
         self.search.spend(evaluation(self.units, 1))
-        count = int((LOOK - evaluation(self.units, 0)) / PLAN_WORK / len(self.units.problem.program))
+        count = int(LOOK / evaluation(self.units, 1000) * 1000)
         return self.promising.best(self.fates, self.budget, max(POOL, count))
 
     def _stand(self, fates: Fates) -> None:
@@ -144,7 +145,8 @@ class _Walk:
 
 def evaluation(units: Units, plans: int) -> float:
     """Return what evaluating so many plans costs, in the unit of `Search.spend`."""
-    return 12e-6 * len(units.units) + PLAN_WORK * plans * len(units.problem.program)
+    plan = UNIT_WORK * len(units.units) + POSITION_WORK * len(units.problem.program)
+    return ASK_WORK * len(units.units) + plans * plan
 
 
 def polish(search: Search, units: Units, fates: Fates, budget: float | None = None) -> Fates:

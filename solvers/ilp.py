@@ -35,6 +35,8 @@ LINEAR_SHARE = 0.8  # of the time, which linear relaxations after the first leav
 MENDED = 2  # roundings of one linear program that are repaired, the next one where the last was the best so far
 WIDE = 0.01  # a gap after it for which other plans are
 STARTS, STARTS_SHARE = 4, 0.3  # so many, while this part of the time is left
+STRETCHES, OVERLAP = 4, 0.3  # of the forward, and how much longer than its share of the units each is
+STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.1  # of the time for one at most; what they leave
 NEW_ROWS = 3
 FIRST_ROWS = 2  # peaks of each known plan
 ANY_SECONDS = 1.0  # at least, for the bound on any plan
@@ -66,6 +68,7 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
     shares, near = relax(search, rounds), False
     if before is None:
         mend_checkpoints(search, units)
+        free_stretches(search, rounds)
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
@@ -171,6 +174,31 @@ def mend_checkpoints(search: Search, units: Units) -> None:
             break
         if not mend(search, units, plans[k]):
             break
+
+
+def free_stretches(search: Search, rounds: Rounds) -> None:
+    """Where a wide gap is left, decide one stretch of the forward after the other, all else as in the best plan.
+
+    Large neighbourhood search (Shaw 1998): what a long graph's whole program does not find in minutes, its quarters
+    find in seconds. Proves nothing. Repeated as long as it helps.
+    """
+    before = None
+    while search.cost_ns != before:
+        before = search.cost_ns
+        for free in stretches(rounds.units):
+            late = search.left() <= STRETCHES_SHARE * search.limits.seconds
+            if search.fates is None or late or closed(search, WIDE):
+                return
+            fixed = tuple((a, int(m)) for a, m in enumerate(search.fates) if a not in free)
+            seconds = min(STRETCH_SHARE * search.limits.seconds, search.left())
+            _take(search, rounds, rounds.solve(search.limits, seconds, search.fates, fixed))
+
+
+def stretches(units: Units) -> list[set[int]]:
+    """Return the units by where the forward reads them last, as STRETCHES sets that overlap."""
+    last = [min((h.last_forward for h in u.fates[0].held), default=0) for u in units.units]
+    order, share = np.argsort(last, kind="stable"), len(last) / STRETCHES
+    return [set(order[int(i * share) : math.ceil((i + 1 + OVERLAP) * share)].tolist()) for i in range(STRETCHES)]
 
 
 def settled(shares: Shares, fates: Fates | None) -> Pairs:

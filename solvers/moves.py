@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from solvers.evaluate import Fates, profiles
+from solvers.evaluate import Fates
 from solvers.units import Int64, Units
 
 KEEP, DROP = 0, 1  # fates of every sibling
-CELLS = 1_000_000  # plans x positions evaluated at once
 
 
 def flips(units: Units, fates: Fates) -> Int64:
@@ -64,13 +63,7 @@ def joined(*several: Int64) -> Int64:
 
 def try_moves(units: Units, fates: Fates, some: Int64, budget: float) -> tuple[Int64, np.ndarray, Int64]:
     """Return cost, area above the budget, and peak after each move."""
-    chunk = max(16, CELLS // len(units.problem.program))
-    parts = []
-    for i in range(0, len(some), chunk):
-        part = joined(some[i : i + chunk])
-        plans = np.repeat(fates[None, :], len(part), axis=0)
-        plans[np.arange(len(part))[:, None], part[:, :, 0]] = part[:, :, 1]
-        found = profiles(units, plans)
-        parts.append((found.cost_ns, found.excess(budget), found.peak_bytes()))
-    cost, area, peak = zip(*parts, strict=True)
-    return np.concatenate(cost), np.concatenate(area), np.concatenate(peak)
+    from solvers.sweep import outcomes
+
+    some = np.ascontiguousarray(joined(some))  # one type of argument: each is compiled for on its own
+    return outcomes(units.tables, fates.astype(np.int64), some, float(budget))

@@ -12,14 +12,13 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from solvers.fates import Draft, Fate, FateMaker, Held, Span, encoders, value_spans
 from solvers.problem import Kind, OpId, Problem, ValueId
+from solvers.tables import Int64, Tables, tabulate
 
 MOST_SIBLINGS = 8
 TINY = 20  # values of a bundle that make up less than one part in this many are statistics
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Units:
     workspace_bytes: Int64  # of program[t]
     program_cost_ns: int
     siblings: tuple[tuple[int, ...], ...]  # units whose restores read the same one; see `moves`
+    tables: Tables
 
 
 def build_units(problem: Problem) -> Units:
@@ -80,19 +80,22 @@ def build_units(problem: Problem) -> Units:
     for _, h in soft.values():
         floor[h.last_forward + 1 : h.last_backward + 1] -= h.size_bytes
     workspace = np.array([problem.ops[o].workspace_bytes for o in problem.program], np.int64)
-    cost = problem.program_cost_ns()
+    clashes = _clashes(ordered)
+    slot = {v: i for i, v in enumerate(unit_of)}
+    tables = tabulate(problem, [u.fates for u in ordered], slot, clashes, (base, own, workspace))
     return Units(
         problem,
         tuple(ordered),
         unit_of,
         base,
         own,
-        _clashes(ordered),
+        clashes,
         soft,
         floor,
         workspace,
-        cost,
+        tables.program_cost_ns,
         _siblings(problem, ordered, unit_of),
+        tables,
     )
 
 
@@ -155,18 +158,13 @@ def _worth_dropping(problem: Problem, spans: dict[ValueId, Span], writes: tuple[
 
 def _contract(problem: Problem, drafts: list[Draft], spans: dict[ValueId, Span]) -> list[Draft]:
     """Merge each helper (no backward read) into its only reader if that is no larger."""
-    owner = {v: i for i, d in enumerate(drafts) for v in d.values}
-    readers: dict[int, set[int]] = {i: set() for i in range(len(drafts))}
-    for i, d in enumerate(drafts):
-        for v in problem.ops[d.restore[0]].reads:
-            if v in owner and owner[v] != i:
-                readers[owner[v]].add(i)
+    readers, parents = _links(problem, drafts)
     alive = dict(enumerate(drafts))
     helper = {i for i, d in alive.items() if not any(spans[v].backward for v in d.values)}
     # Backwards first: a helper that only unread helpers read is unread itself.
     for i in reversed(range(len(drafts))):
         if not readers[i] and i in helper:
-            _redirect(alive, readers, i, None)
+            _remove(alive, readers, parents, i)
     merged = True
     while merged:
         merged = False
@@ -176,18 +174,32 @@ def _contract(problem: Problem, drafts: list[Draft], spans: dict[ValueId, Span])
             (j,) = readers[i]
             if _bytes(problem, drafts[i].values) >= _bytes(problem, drafts[j].values):
                 drafts[j].restore = drafts[i].restore + drafts[j].restore
-                _redirect(alive, readers, i, j)
+                _remove(alive, readers, parents, i)
+                for p in parents[i]:
+                    readers[p].add(j)
+                parents[j] |= parents[i]
                 merged = True
     return list(alive.values())
 
 
-def _redirect(alive: dict[int, Draft], readers: dict[int, set[int]], i: int, j: int | None) -> None:
-    """Remove draft i; what it read is read by draft j (None: by nobody)."""
+def _links(problem: Problem, drafts: list[Draft]) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Return which drafts read what each one restores, and which ones each reads."""
+    owner = {v: i for i, d in enumerate(drafts) for v in d.values}
+    readers: dict[int, set[int]] = {i: set() for i in range(len(drafts))}
+    parents: dict[int, set[int]] = {i: set() for i in range(len(drafts))}
+    for i, d in enumerate(drafts):
+        for v in problem.ops[d.restore[0]].reads:
+            if v in owner and owner[v] != i:
+                readers[owner[v]].add(i)
+                parents[i].add(owner[v])
+    return readers, parents
+
+
+def _remove(alive: dict[int, Draft], readers: dict[int, set[int]], parents: dict[int, set[int]], i: int) -> None:
+    """Remove draft i, which reads its parents no longer."""
     del alive[i]
-    for others in readers.values():
-        if i in others:
-            others.discard(i)
-            others |= set() if j is None else {j}
+    for p in parents[i]:
+        readers[p].discard(i)
 
 
 def _topological(units: list[Unit], spans: dict[ValueId, Span]) -> list[Unit]:

@@ -21,8 +21,9 @@ from solvers import (
     solve,
 )
 from solvers.bounds import ANY_PLAN
-from solvers.evaluate import CLASH_NS, allowed, exact, profiles
+from solvers.evaluate import allowed, exact, profiles
 from solvers.oracle import oracle_least_peak
+from solvers.tables import CLASH_NS
 from solvers.units import build_units
 from tests.solvers.problems import noisy_problem
 

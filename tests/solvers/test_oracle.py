@@ -9,9 +9,10 @@ import pytest
 
 from solvers import SOLVERS, Limits, Problem, Status, least_peak, simulate, solve, working_set
 from solvers.bounds import ANY_PLAN
-from solvers.evaluate import CLASH_NS, exact, profiles
+from solvers.evaluate import exact, profiles
 from solvers.least import find_least
 from solvers.oracle import oracle_least_peak
+from solvers.tables import CLASH_NS
 from solvers.units import build_units
 from tests.solvers.problems import random_problem
 

@@ -1,0 +1,46 @@
+"""Stretches of the forward decided one after the other: they cover it, help a long graph, and never break a plan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from solvers import Limits, Problem, simulate
+from solvers.evaluate import keep_everything, profiles
+from solvers.greedy import improve
+from solvers.ilp import OVERLAP, STRETCHES, Rounds, free_stretches, stretches
+from solvers.search import Search
+from solvers.units import build_units
+from tests.solvers.problems import random_problem
+
+STORED = Path(__file__).parents[2] / "bench" / "problems"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stretches_cover_all_units_and_overlap(seed: int) -> None:
+    units = build_units(random_problem(51_000 + seed, 14))
+    count, found = len(units.units), stretches(units)
+    assert set().union(*found) == set(range(count))
+    assert all(len(free) <= (1 + OVERLAP) * count / STRETCHES + 2 for free in found)
+    if count >= 4 * STRETCHES:
+        assert all(a & b for a, b in pairwise(found))
+
+
+def test_they_help_a_long_graph() -> None:
+    """A recurrent graph of 541 ops at a third of its range: what single flips leave, stretches find."""
+    problem = Problem.from_json((STORED / "lstm_small.json").read_text())
+    units = build_units(problem)
+    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
+    tight = problem.with_budget(int(0.6 * top))
+    search, units = Search(tight, Limits(seconds=60), "ilp"), build_units(tight)
+    improve(search, units, keep_everything(units), tries=0)
+    before = search.cost_ns
+    assert before is not None
+    search.bound_ns = 0
+    free_stretches(search, Rounds.after(None, units, search))
+    assert search.cost_ns is not None
+    assert search.cost_ns < before
+    assert search.schedule is not None
+    assert simulate(tight, search.schedule).peak_bytes <= tight.budget_bytes
