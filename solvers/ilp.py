@@ -31,7 +31,7 @@ Shares = tuple[tuple[float, ...], ...]  # of every fate of every unit, in a line
 
 ROUNDS = 200
 LINEAR_ROUNDS = 3
-LINEAR_SHARE = 0.8  # of the time, which linear relaxations after the first leave to the integers
+LINEAR_SHARE = 0.85  # of the time, which linear relaxations after the first leave to the integers
 MENDED = 2  # roundings of one linear program that are repaired, the next one where the last was the best so far
 WIDE = 0.01  # a gap after it for which other plans are
 STARTS, STARTS_SHARE = 4, 0.3  # so many, while this part of the time is left
@@ -189,16 +189,24 @@ def free_stretches(search: Search, rounds: Rounds) -> None:
             late = search.left() <= STRETCHES_SHARE * search.limits.seconds
             if search.fates is None or late or closed(search, WIDE):
                 return
-            fixed = tuple((a, int(m)) for a, m in enumerate(search.fates) if a not in free)
-            seconds = min(STRETCH_SHARE * search.limits.seconds, search.left())
-            _take(search, rounds, rounds.solve(search.limits, seconds, search.fates, fixed))
+            _decide(search, rounds, search.fates, free)
+
+
+def _decide(search: Search, rounds: Rounds, best: Fates, free: set[int]) -> None:
+    """Offer the best plan with the units `free` decided again; mended, where that breaks rows which it did not know."""
+    # Rows of its own: those that other stretches broke only slow this one down.
+    rounds = replace(rounds, rows=start_rows(rounds.units, best), cuts=list(rounds.cuts))
+    fixed = tuple((a, int(m)) for a, m in enumerate(best) if a not in free)
+    seconds = min(STRETCH_SHARE * search.limits.seconds, search.left())
+    _take(search, rounds, rounds.solve(search.limits, seconds, best, fixed))
 
 
 def stretches(units: Units) -> list[set[int]]:
-    """Return the units by where the forward reads them last, as STRETCHES sets that overlap."""
+    """Return the units by where the forward reads them last, as STRETCHES sets that overlap; the last ones first."""
     last = [min((h.last_forward for h in u.fates[0].held), default=0) for u in units.units]
     order, share = np.argsort(last, kind="stable"), len(last) / STRETCHES
-    return [set(order[int(i * share) : math.ceil((i + 1 + OVERLAP) * share)].tolist()) for i in range(STRETCHES)]
+    ends = [(int(i * share), math.ceil((i + 1 + OVERLAP) * share)) for i in reversed(range(STRETCHES))]
+    return [set(order[first:end].tolist()) for first, end in ends]
 
 
 def settled(shares: Shares, fates: Fates | None) -> Pairs:
