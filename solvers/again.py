@@ -32,6 +32,7 @@ TURNS = 6  # steps at which a schedule is turned, the highest peaks first, befor
 STEP = 2.5e-5  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
 LESS = 0.999  # of the area above the target must be left at most, for a turn to count
 SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
+HALVINGS = 6  # of the range of budgets from whose best plans of one recompute others are made
 THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
 TARGETS = (0.25, 0.5)  # of the way from the floor to the least peak so far: budgets of linear programs
 LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs; rows that each adds for every rounding
@@ -175,11 +176,26 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     if search.schedule is not None:
         search.offer(spare(search, search.schedule))
     budget = search.problem.budget_bytes
-    larger = (to_schedule(units, polish(search, units, low.vector, share * low.peak_bytes)) for share in SHARES)
-    for start in chain(roundings(search, units, budget), larger):
+    for start in chain(roundings(search, units, budget), _polished(search, units, low)):
         found = _fit(search, search.problem, start, budget)
         if search.offer(found).peak_bytes <= budget:
             search.offer(spare(search, found))
+        cost = search.cost_ns
+        if cost is not None and cost - search.any_bound_ns <= search.limits.gap * cost:
+            return
+
+
+def _polished(search: Search, units: Units, low: Low) -> Iterator[Schedule]:
+    """Return the best plans of one recompute for budgets between their least peak and that of everything kept.
+
+    Which of them is best to bring down further cannot be told from them: ever more of them, each between two before.
+    """
+    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
+    parts = [0.0, 1.0, *(i / 2**k for k in range(1, HALVINGS + 1) for i in range(1, 2**k, 2))]
+    for part in parts:
+        if search.left() <= 0:
+            return
+        yield to_schedule(units, polish(search, units, low.vector, low.peak_bytes ** (1 - part) * top**part))
 
 
 def _above(problem: Problem, schedule: Schedule, budget: int, known: Container[int]) -> list[int]:
