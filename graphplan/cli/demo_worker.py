@@ -25,6 +25,7 @@ from graphplan.cap import Cap, start_threads
 from graphplan.choices import plan_model
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, InfeasibleBudget
+from graphplan.functions import start_loops
 from graphplan.measure import measure, resident_bytes
 from graphplan.optimize import Source, make_options
 from graphplan.plan import Plan
@@ -105,6 +106,8 @@ def train(request: Request) -> dict[str, Any]:
     rival = _rival(model, request, digits) if request.mode == "eager" and request.measured else None
     resident = resident_bytes(model, *digits[0])
     start_threads()
+    if module is not model:
+        start_loops()  # what codecs load and compile is no tensor memory, either
     losses: list[float] = []
     times: list[int] = []
     pairs: list[tuple[int, int]] = []

@@ -14,6 +14,7 @@ from graphplan.functions.derived import from_shape, from_sides
 from graphplan.functions.dropout import dropout_backward, dropout_from_mask
 from graphplan.functions.group import HALF, dequantise, mix, quantise, quantised_bytes, warm_up
 from graphplan.functions.mixed import Planes, dequantise_channels, mixed_bytes, quantise_channels
+from graphplan.functions.native import start_loops
 from graphplan.functions.pool import (
     POOL_BLOCK,
     Pooling,
@@ -60,6 +61,7 @@ __all__ = [
     "quantise_slopes",
     "quantised_bytes",
     "slope_error",
+    "start_loops",
     "unpack_bits",
     "unpack_pool_indices",
     "warm_up",

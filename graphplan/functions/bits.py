@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphplan.functions import native
 from graphplan.functions.register import registered
 
 CHUNK = 1 << 18  # elements worked on at a time: a multiple of 8
@@ -37,6 +38,9 @@ def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> T
         for piece, chunk in pieces(mask.numel()):
             flat[chunk] = spread_bits(packed[piece], chunk.stop - chunk.start)
         return mask
+    if native.serves(mask):
+        native.run("unpack", packed, flat)
+        return mask
     source = packed.numpy()
     for piece, chunk in pieces(mask.numel(), 2 * CHUNK):  # a byte each, and those before are still there
         found = np.unpackbits(source[piece], count=chunk.stop - chunk.start, bitorder="little")
@@ -62,12 +66,17 @@ def spread_bits(packed: Tensor, numel: int) -> Tensor:
 
 def is_dense(x: Tensor) -> bool:
     """Return whether the elements of `x` fill its storage: no gaps, no overlap, no offset."""
+    return fills(x) and x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def fills(x: Tensor) -> bool:
+    """Return whether the elements of `x` lie in memory without gaps or overlap."""
     step = 1
     for stride, size in sorted((st, sz) for sz, st in zip(x.shape, x.stride(), strict=True) if sz != 1):
         if stride != step:
             return False
         step *= size
-    return x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return True
 
 
 def in_storage_order(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Kernels written in plain torch, through `torch.compile` where a compiler stands, and as they are elsewhere.
+"""Kernels written in plain torch, as loops of Numba's or through `torch.compile` where either stands, else as they are.
 
-One source of truth: what the compiler makes of a kernel is compared with the kernel itself, bit for bit, before its
+One source of truth: what runs in place of a kernel is compared with the kernel itself, bit for bit, before its
 first use. Inductor's narrow integers have been wrong before (pytorch issues 105264, 135160, 191499).
 """
 
@@ -21,21 +21,19 @@ Trial = Callable[[torch.device], tuple[Tensor, ...]]  # arguments to try a kerne
 
 
 @cache
-def compiled(kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel) -> Kernel | None:
-    """Return `kernel` compiled for the dtypes and sizes of `trial`; None where that is not to be had.
+def compiled(
+    kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel, loop: Kernel | None = None
+) -> Kernel | None:
+    """Return `loop`, or `kernel` compiled for the dtypes and sizes of `trial`; None where neither is to be had.
 
     Only the length of its first argument, and of those that are as long, may be another.
     `plain` has the same results, and runs better without a compiler. A compiler that fails, or compiles something
     else, is reported once as a RuntimeWarning. One that fails later gives way to `plain`, which begins again.
     """
-    if not has_compiler(device):
+    if loop is None and not has_compiler(device):
         return None
-    # Nothing else is free to change: guards on more run into a limit of recompilations.
-    made: Any = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
     expected, found = trial(device), trial(device)
-    for tensor in found:
-        if len(tensor) == len(found[0]):
-            torch._dynamo.mark_dynamic(tensor, 0)
+    made = loop or _by_torch(kernel, found)
     try:
         by_plain = plain(*expected) or ()
         with _as_an_op():
@@ -43,11 +41,20 @@ def compiled(kernel: Kernel, trial: Trial, device: torch.device, plain: Kernel) 
     except Exception as e:  # noqa: BLE001 - whatever the compiler's reason, the kernel itself runs
         _warn(kernel, f"{type(e).__name__}: {e}")
         return None
-    written = all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(expected, found, strict=True))
+    written = all(_same(a, b) for a, b in zip(expected, found, strict=True))
     if not written or not all(_equal(a, b) for a, b in zip(by_plain, by_made, strict=True)):
         _warn(kernel, "its results differ from the kernel's own")
         return None
     return _Falling(made, plain)
+
+
+def _by_torch(kernel: Kernel, arguments: tuple[Tensor, ...]) -> Kernel:
+    # Nothing else is free to change: guards on more run into a limit of recompilations.
+    made: Kernel = torch.compile(_alone(kernel), dynamic=False, fullgraph=True)
+    for tensor in arguments:
+        if len(tensor) == len(arguments[0]):
+            torch._dynamo.mark_dynamic(tensor, 0)
+    return made
 
 
 class _Falling:
@@ -101,8 +108,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit, but for which NaN a NaN is: ATen's own differ by place."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return bool(((a.view(words) == b.view(words)) | (a.isnan() & b.isnan())).all())
 
 
 def _warn(kernel: Kernel, reason: str) -> None:

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from graphplan.functions.register import registered
+from graphplan.functions.scale import scaled_by_mask
 
 
 @registered("(Tensor x, Tensor mask, float p) -> Tensor", lambda x, mask, p: torch.empty_like(x))
 def dropout_from_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Return native_dropout's output for the `mask` it drew: the same two products, no random number."""
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    return _times(_ones(mask, x).mul_(x), scale)
+    scaled = scaled_by_mask(x, mask, scale)
+    return _times(_ones(mask, x).mul_(x), scale) if scaled is None else scaled
 
 
 @registered(
@@ -26,7 +28,8 @@ def dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor:
     ATen's native_dropout_backward needs a copy of the mask that is as wide as the gradient, and does not round the
     scale to a narrow dtype.
     """
-    return _times(_ones(mask, grad), scale).mul_(grad)
+    scaled = scaled_by_mask(grad, mask, scale)
+    return _times(_ones(mask, grad), scale).mul_(grad) if scaled is None else scaled
 
 
 def _ones(mask: Tensor, like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphplan.functions import native
 from graphplan.functions.bits import CHUNK, in_storage_order
 from graphplan.functions.compiled import Kernel, Trial, compiled
 from graphplan.functions.register import registered
@@ -94,8 +95,7 @@ def encode(
             kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        ends = kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows])
-        _write_side(ends, bits, low[rows], step[rows])
+        kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows], low[rows], step[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -147,23 +147,63 @@ def _stretches(
     half: str, numel: int, bits: int, dtype: torch.dtype, device: torch.device, most: int, ahead: int
 ) -> Iterator[tuple[int, int, Kernel]]:
     """Cut a tensor into what one call works on: at most `most` elements with a compiled kernel, else `ahead`."""
-    plain, fast = _plain(half, bits), _fast(half, numel, bits, dtype, device)
+    plain, fast = _whole(half, bits, _plain(half, bits)), _fast(half, numel, bits, dtype, device)
     unit = SPAN if half == "encode" else GROUP  # a kernel's noise is a whole span, or less than one
     whole = numel // unit * unit
-    # A first dimension of one would be compiled anew.
-    end = 0 if fast is None else whole - (unit if whole % most == unit else 0)
-    for first, last, size, kernel in ((0, end, most, fast), (end, whole, ahead, plain), (whole, numel, ahead, plain)):
+    if fast is not None and _loop(half, bits, dtype, device):
+        end, rest = whole, fast
+    else:  # a first dimension of one would be compiled anew
+        end, rest = 0 if fast is None else whole - (unit if whole % most == unit else 0), plain
+    for first, last, size, kernel in ((0, end, most, fast), (end, whole, ahead, rest), (whole, numel, ahead, rest)):
         for start in range(first, last, size):
             yield start, min(start + size, last), kernel or plain
 
 
 def _fast(half: str, numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
-    """Return the compiled kernel, for any number of spans or groups. For a tensor of one chunk it does not pay."""
-    if numel <= CHUNK or (half == "decode" and bits == HALF):
+    """Return the kernel as a loop or compiled, for any number of spans or groups.
+
+    To compile does not pay for a tensor of one chunk.
+    """
+    loop = _loop(half, bits, dtype, device)
+    if (loop is None and numel <= CHUNK) or (half == "decode" and bits == HALF):
         return None
+    if loop is not None:
+        plain = _whole(half, bits, _plain(half, bits))
+        return compiled(plain, _trial(half, bits, dtype, True), device, plain, loop)
     # To less than float32 NaNs would be other ones.
     kernel = _at_once(bits) if half == "decode" and dtype is torch.float32 else _kernel(half, bits)
-    return compiled(kernel, _trial(half, bits, dtype), device, _plain(half, bits))
+    made = compiled(kernel, _trial(half, bits, dtype, False), device, _plain(half, bits))
+    return made and _whole(half, bits, made)
+
+
+@cache
+def _loop(half: str, bits: int, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """Return the kernel as a loop of Numba's, where one stands."""
+    if native.loops() is None or device.type != "cpu" or dtype is not torch.float32:
+        return None
+    if half == "decode":
+        return lambda codes, low, step, out: native.run("decode", codes.view(-1), low, step, bits, out.view(-1))
+    if bits == HALF:
+        return lambda x, noise, out: native.run("round_half", x.view(torch.uint32), noise, out)
+
+    def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
+        flat, unit = x.view(-1), native.number(_unit(bits))
+        words = flat.view(torch.int32)
+        native.run("encode", flat, words, noise.reshape(-1), unit, bits, codes.view(-1), low, step)
+
+    return encode
+
+
+@cache
+def _whole(half: str, bits: int, kernel: Kernel) -> Kernel:
+    """Return the kernel that writes all parts of a code: one that encodes groups returns their ends."""
+    if half == "decode" or bits == HALF:
+        return kernel
+
+    def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
+        _write_side(kernel(x, noise, codes), bits, low, step)
+
+    return encode
 
 
 @cache
@@ -192,8 +232,11 @@ def _plain(half: str, bits: int) -> Kernel:
 
 
 @cache
-def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
-    """Return arguments to compare compiled kernels on: ordinary groups, wide, constant and tiny ones, and a NaN."""
+def _trial(half: str, bits: int, dtype: torch.dtype, whole: bool) -> Trial:
+    """Return arguments to compare kernels on: ordinary groups, wide, constant and tiny ones, and a NaN.
+
+    `whole`: to encode, with the minima and steps to write, too.
+    """
     groups = 3 * SPAN // GROUP
 
     def arguments(device: torch.device) -> tuple[Tensor, ...]:
@@ -206,7 +249,7 @@ def _trial(half: str, bits: int, dtype: torch.dtype) -> Trial:
             return x.view(-1), noise, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
         parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
         if half == "encode":
-            return x, noise.view(-1, GROUP), parts[0]
+            return x, noise.view(-1, GROUP), *(parts if whole else parts[:1])
         _write_side(_encode(x, noise.view(-1, GROUP), parts[0], bits), bits, parts[1], parts[2])
         return *parts, torch.empty_like(x)
 

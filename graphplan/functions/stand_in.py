@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphplan.functions import bits
+from graphplan.functions import bits, native
 from graphplan.functions.bits import (
     CHUNK,
     in_storage_order,
@@ -30,6 +30,7 @@ from graphplan.functions.bits import (
     write_bits,
 )
 from graphplan.functions.register import registered
+from graphplan.functions.scale import scaled_from_bits
 
 Values = tuple[float, float]
 Like = tuple[torch.dtype, Sequence[int], Sequence[int]]  # dtype, size and stride of what is stood in for
@@ -40,10 +41,13 @@ class Side:
     """A decision with constants: `test(x, *consts)` of a chunk, and one value on each side (False, True).
 
     `rounded`: the op compares after rounding its constants to x's dtype; else in x's arithmetic (float32 for halves).
+    `loop` is the test of floats among those of `native`, which has the constants of the side, or those `fixed` here.
     """
 
     test: Callable[..., Any]
     values: Callable[..., Values]
+    loop: native.Test
+    fixed: tuple[float, ...] = ()
     rounded: bool = False
 
     @property
@@ -67,23 +71,25 @@ def _both(a: Any, b: Any) -> Any:
     return a
 
 
-def _comparison(test: Callable[[Any, float], Any], at: float) -> Side:
-    return Side(test, lambda c: (math.nan, at), rounded=True)
+def _comparison(test: Callable[[Any, float], Any], at: float, loop: native.Test) -> Side:
+    return Side(test, lambda c: (math.nan, at), loop, rounded=True)
 
 
 SIDES: dict[str, Side] = {
-    "true": Side(lambda x: x, lambda: (False, True)),
+    "true": Side(lambda x: x, lambda: (False, True), native.EQ),
     # NaN is above: the kernel asks x <= threshold.
-    "above": Side(lambda x, threshold: ~(x <= threshold), lambda threshold: (-math.inf, math.nan)),
-    "positive": Side(lambda x: x > 0, lambda: (-1.0, 1.0)),
-    "inside": Side(lambda x, low, high: _both(x > low, x < high), lambda low, high: (math.inf, _between(low, high))),
-    "hard": Side(lambda x: _both(x > -3, x < 3), lambda: (3.0, 0.0)),
-    "ge": _comparison(lambda x, c: x >= c, math.inf),
-    "gt": _comparison(lambda x, c: x > c, math.inf),
-    "le": _comparison(lambda x, c: x <= c, -math.inf),
-    "lt": _comparison(lambda x, c: x < c, -math.inf),
-    "eq": Side(lambda x, c: x == c, lambda c: (math.nan, c), rounded=True),
-    "ne": Side(lambda x, c: x != c, lambda c: (c, math.nan), rounded=True),
+    "above": Side(lambda x, threshold: ~(x <= threshold), lambda threshold: (-math.inf, math.nan), native.NOT_LE),
+    "positive": Side(lambda x: x > 0, lambda: (-1.0, 1.0), native.GT, (0.0,)),
+    "inside": Side(
+        lambda x, low, high: _both(x > low, x < high), lambda low, high: (math.inf, _between(low, high)), native.INSIDE
+    ),
+    "hard": Side(lambda x: _both(x > -3, x < 3), lambda: (3.0, 0.0), native.INSIDE, (-3.0, 3.0)),
+    "ge": _comparison(lambda x, c: x >= c, math.inf, native.GE),
+    "gt": _comparison(lambda x, c: x > c, math.inf, native.GT),
+    "le": _comparison(lambda x, c: x <= c, -math.inf, native.LE),
+    "lt": _comparison(lambda x, c: x < c, -math.inf, native.LT),
+    "eq": Side(lambda x, c: x == c, lambda c: (math.nan, c), native.EQ, rounded=True),
+    "ne": Side(lambda x, c: x != c, lambda c: (c, math.nan), native.NE, rounded=True),
 }
 
 
@@ -102,14 +108,27 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     if not len(packed):
         return packed
     each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
+    if native.serves(x):
+        for i, (side, own) in enumerate(tests):
+            _pack_by_loop(in_storage_order(x), side, own, packed[i * each : (i + 1) * each])
+        return packed
     source, target = _as_arrays(in_storage_order(x), packed)
     with np.errstate(invalid="ignore"):  # a signalling NaN
         for piece, chunk in pieces(x.numel(), _at_once(x, sides)):
             values = _comparable(source[chunk], x.dtype)
-            for i, (test, own) in enumerate(tests):
-                write_bits(target[i * each + piece.start : i * each + piece.stop], test(values, *own))
+            for i, (side, own) in enumerate(tests):
+                write_bits(target[i * each + piece.start : i * each + piece.stop], side.test(values, *own))
             del values  # before the next chunk's
     return packed
+
+
+def _pack_by_loop(x: Tensor, side: Side, consts: Sequence[float], packed: Tensor) -> None:
+    if x.dtype is torch.bool:
+        native.run("pack_bools", x, packed)
+        return
+    a, b, *_ = (*map(native.number, side.fixed or consts), native.number(0.0), native.number(0.0))
+    which, sign, flip = side.loop
+    native.run("pack", x, which, native.number(sign), flip, a, b, packed)
 
 
 def _at_once(x: Tensor, sides: Sequence[str]) -> int:
@@ -166,6 +185,8 @@ def run_on_side(
     if out is None:
         dtype, *geometry = result
         out = torch.empty_strided(*map(tuple, geometry), dtype=dtype, device=packed.device)
+    if scaled_from_bits(op, args, at, stand_in.packed, out):
+        return out
     flats = [in_storage_order(a) if isinstance(a, Tensor) and a.dim() else a for a in args]
     flat = in_storage_order(out)
     for piece, chunk in pieces(out.numel()):
@@ -188,15 +209,13 @@ def run_on_shape(
     return _call(op, (*args[:at], lent, *args[at + 1 :]), lent if fill else None)
 
 
-def _tests(
-    dtype: torch.dtype, sides: Sequence[str], consts: Sequence[float]
-) -> list[tuple[Callable[..., Any], list[float]]]:
-    """Return the test of each side and its constants, as the kernels round them."""
+def _tests(dtype: torch.dtype, sides: Sequence[str], consts: Sequence[float]) -> list[tuple[Side, list[float]]]:
+    """Return each side and its constants, as the kernels round them."""
     left = list(consts)
     tests = []
     for side in (SIDES[name] for name in sides):
         own, left = left[: side.consts], left[side.consts :]
-        tests.append((side.test, torch.tensor(own, dtype=dtype).tolist() if side.rounded else own))
+        tests.append((side, torch.tensor(own, dtype=dtype).tolist() if side.rounded else own))
     return tests
 
 

@@ -1,0 +1,85 @@
+"""Loops over elements for tensors on a CPU: `loops`, with tensors for arrays and torch's number of threads.
+
+Where Numba is not installed, the environment says GRAPHPLAN_LOOPS=0, or a tensor is not what the loops are for, a
+function here says so by None or False, and its caller does the same in plain torch and numpy. To load Numba and the
+loops takes a second, and some 100 MB of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from importlib import import_module
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GREATER, NOT_LESS, EQUAL, BETWEEN = range(4)
+Test = tuple[int, float, bool]  # of an element: which, of it or its negative, whether it is not to pass
+GT, GE, EQ, INSIDE = (GREATER, 1.0, False), (NOT_LESS, 1.0, False), (EQUAL, 1.0, False), (BETWEEN, 1.0, False)
+LT, LE, NE, NOT_LE = (GREATER, -1.0, False), (NOT_LESS, -1.0, False), (EQUAL, 1.0, True), (NOT_LESS, -1.0, True)
+_LOCK = Lock()  # one of Numba's pools of threads must not be entered twice
+
+
+@cache
+def loops() -> ModuleType | None:
+    """Return the compiled loops; None without Numba, where they are not wanted, or where words are stored otherwise."""
+    if sys.byteorder != "little" or os.environ.get("GRAPHPLAN_LOOPS") == "0":
+        return None
+    try:
+        return import_module("graphplan.functions.loops")
+    except ImportError:
+        return None
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Return whether the loops work on these: float32 and bool on a CPU."""
+    return loops() is not None and all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.bool) for t in tensors
+    )
+
+
+def run(name: str, *args: Any) -> None:
+    """Call a loop with arrays for tensors, on as many threads as torch uses."""
+    import numba
+
+    arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
+    with _LOCK:
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        try:
+            getattr(loops(), name)(*arrays)
+        finally:
+            numba.set_num_threads(before)
+
+
+def _array(x: Tensor) -> Any:
+    """Return the memory of a tensor as an array: bools as bytes, bfloat16 as words."""
+    other = {torch.bool: torch.uint8, torch.bfloat16: torch.uint16}.get(x.dtype)
+    return (x if other is None else x.view(other)).detach().numpy()
+
+
+def number(value: float) -> Any:
+    """Return a constant in the loops' arithmetic."""
+    with np.errstate(over="ignore"):
+        return np.float32(value)
+
+
+def start_loops() -> None:
+    """Load what every loop needs, and compile what is not on disk: seconds, and memory that is not tensors'."""
+    if loops() is None:
+        return
+    x, byte, mask, one = torch.zeros(256), torch.zeros(256, dtype=torch.uint8), torch.zeros(256) > 0, torch.zeros(1)
+    words, half = x.view(torch.int32), torch.zeros(256, dtype=torch.bfloat16)
+    run("pack", x, GREATER, number(1), False, number(0), number(0), byte[:32])
+    run("pack_bools", mask, byte[:32])
+    run("unpack", byte[:32], mask)
+    run("scale", byte, True, number(1), number(0), False, False, x, x, True)
+    run("encode", x, words, x, number(1), 8, byte, one, one)
+    run("decode", byte, one, one, 8, x)
+    run("round_half", x.view(torch.uint32), x, half)
