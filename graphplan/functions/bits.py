@@ -81,7 +81,7 @@ def fills(x: Tensor) -> bool:
 
 def in_storage_order(x: Tensor) -> Tensor:
     """Return the elements of a tensor without gaps or overlap as they lie in memory, (numel,)."""
-    return torch.as_strided(x, (x.numel(),), (1,))
+    return x.view(-1) if x.is_contiguous() else torch.as_strided(x, (x.numel(),), (1,))
 
 
 def memory_order(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -23,6 +23,7 @@ GREATER, NOT_LESS, EQUAL, BETWEEN = range(4)
 Test = tuple[int, float, bool]  # of an element: which, of it or its negative, whether it is not to pass
 GT, GE, EQ, INSIDE = (GREATER, 1.0, False), (NOT_LESS, 1.0, False), (EQUAL, 1.0, False), (BETWEEN, 1.0, False)
 LT, LE, NE, NOT_LE = (GREATER, -1.0, False), (NOT_LESS, -1.0, False), (EQUAL, 1.0, True), (NOT_LESS, -1.0, True)
+_LARGEST = float(np.finfo(np.float32).max)
 _LOCK = Lock()  # one of Numba's pools of threads must not be entered twice
 
 
@@ -51,11 +52,14 @@ def run(name: str, *args: Any) -> None:
     arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
     with _LOCK:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        if threads != before:
+            numba.set_num_threads(threads)
         try:
             getattr(loops(), name)(*arrays)
         finally:
-            numba.set_num_threads(before)
+            if threads != before:
+                numba.set_num_threads(before)
 
 
 def _array(x: Tensor) -> Any:
@@ -66,6 +70,8 @@ def _array(x: Tensor) -> Any:
 
 def number(value: float) -> Any:
     """Return a constant in the loops' arithmetic."""
+    if abs(value) <= _LARGEST:
+        return np.float32(value)
     with np.errstate(over="ignore"):
         return np.float32(value)
 

@@ -43,11 +43,18 @@ def scaled_from_bits(op: torch._ops.OpOverload, args: tuple[Any, ...], at: int, 
 def scaled_by_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor | None:
     """Return x times `scale` where the bool `mask` is true, else times 0; None where no loop serves."""
     out = torch.empty_like(x)
-    orders = [memory_order(t.shape, t.stride()) for t in (x, mask, out)]
-    if not native.serves(x, mask) or not fills(x) or any(order != orders[0] for order in orders):
+    if not native.serves(x, mask) or not _in_one_order(x, mask, out):
         return None
     _run(Scale(scale, 0.0), in_storage_order(mask), False, in_storage_order(x), in_storage_order(out))
     return out
+
+
+def _in_one_order(x: Tensor, *others: Tensor) -> bool:
+    """Return whether tensors of one shape lie in memory without gaps, in the same order."""
+    if x.is_contiguous() and all(t.is_contiguous() for t in others):
+        return True
+    order = memory_order(x.shape, x.stride())
+    return fills(x) and all(memory_order(t.shape, t.stride()) == order for t in others)
 
 
 def _run(scale: Scale, mask: Tensor, bits: bool, x: Tensor, out: Tensor) -> None:

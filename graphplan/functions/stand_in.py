@@ -107,7 +107,7 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     packed = _empty_bits(x, sides, consts)
     if not len(packed):
         return packed
-    each, tests = packed_bytes(x.numel()), _tests(x.dtype, sides, consts)
+    each, tests = packed_bytes(x.numel()), _tests(x.dtype, tuple(sides), tuple(consts))
     if native.serves(x):
         for i, (side, own) in enumerate(tests):
             _pack_by_loop(in_storage_order(x), side, own, packed[i * each : (i + 1) * each])
@@ -172,12 +172,13 @@ def run_on_side(
     """
     x_dtype, size, stride = like
     each = packed_bytes(math.prod(size))
-    stand_in = _StandIn(values, x_dtype, packed[part * each : (part + 1) * each])
+    own = packed[part * each : (part + 1) * each]
     out = None if over is None else args[over]
     geometries = [(a.shape, a.stride()) for a in args if isinstance(a, Tensor) and a.dim()]
-    if any(memory_order(*g) != memory_order(size, stride) for g in (*geometries, result[1:])):
+    order = memory_order(size, stride)
+    if any(memory_order(*g) != order for g in (*geometries, result[1:])):
         x = torch.empty_strided(tuple(size), tuple(stride), dtype=x_dtype, device=packed.device)
-        flat = in_storage_order(x)
+        flat, stand_in = in_storage_order(x), _StandIn(values, x_dtype, own)
         for piece, chunk in pieces(x.numel()):
             flat[chunk] = stand_in.chunk(piece, chunk.stop - chunk.start)
         whole: Tensor = _call(op, (*args[:at], x, *args[at + 1 :]), out)
@@ -185,8 +186,9 @@ def run_on_side(
     if out is None:
         dtype, *geometry = result
         out = torch.empty_strided(*map(tuple, geometry), dtype=dtype, device=packed.device)
-    if scaled_from_bits(op, args, at, stand_in.packed, out):
+    if scaled_from_bits(op, args, at, own, out):
         return out
+    stand_in = _StandIn(values, x_dtype, own)
     flats = [in_storage_order(a) if isinstance(a, Tensor) and a.dim() else a for a in args]
     flat = in_storage_order(out)
     for piece, chunk in pieces(out.numel()):
@@ -209,7 +211,8 @@ def run_on_shape(
     return _call(op, (*args[:at], lent, *args[at + 1 :]), lent if fill else None)
 
 
-def _tests(dtype: torch.dtype, sides: Sequence[str], consts: Sequence[float]) -> list[tuple[Side, list[float]]]:
+@cache
+def _tests(dtype: torch.dtype, sides: tuple[str, ...], consts: tuple[float, ...]) -> list[tuple[Side, list[float]]]:
     """Return each side and its constants, as the kernels round them."""
     left = list(consts)
     tests = []
