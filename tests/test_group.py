@@ -210,8 +210,8 @@ def test_pieces_give_the_same_code(bits: int, monkeypatch: pytest.MonkeyPatch) -
         flat = x[start : start + group.SPAN]
         own = torch.empty(functions.quantised_bytes(flat.numel(), bits), dtype=torch.uint8)
         group.encode(own, flat.numel(), bits, group.mix(1, 1), lambda a, b, flat=flat: flat[a:b], x.dtype)
-        parts.append(group._parts(own, flat.numel(), bits))
-    for found, expected in zip(group._parts(code, x.numel(), bits), zip(*parts, strict=True), strict=True):
+        parts.append(group.code_parts(own, flat.numel(), bits))
+    for found, expected in zip(group.code_parts(code, x.numel(), bits), zip(*parts, strict=True), strict=True):
         assert torch.equal(found, torch.cat(expected))
 
 

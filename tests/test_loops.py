@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphplan import functions
-from graphplan.functions import native
+from graphplan.functions import native, slope
 from graphplan.meter import peak_of
 
 aten = torch.ops.aten
@@ -148,3 +148,16 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.loops.__wrapped__() is not None
     monkeypatch.setenv("GRAPHPLAN_LOOPS", "0")
     assert native.loops.__wrapped__() is None
+
+
+@pytest.mark.parametrize("function", slope.LOOPS)
+def test_a_wrong_derivative_is_not_believed(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3000)
+    assert slope._agrees.__wrapped__(function)
+    right = functions.quantise_slopes(x, function, [], 4, 1, 1)
+    monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    plain = functions.quantise_slopes(x, function, [], 4, 1, 1)
+    assert (right != plain).sum() <= 3  # a derivative is within 1e-6: at the edge of a code
+    monkeypatch.setitem(slope.LOOPS, function, (slope.LOOPS[function] + 1) % 3)
+    with pytest.warns(RuntimeWarning, match="from ATen"):
+        assert not slope._agrees.__wrapped__(function)

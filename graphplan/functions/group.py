@@ -85,7 +85,9 @@ def encode(
     beside it, at most `most` with a compiled kernel, which holds nothing else. `seed` says where the noise begins.
     """
     place, table = seed % SPAN, noise_table(packed.device)
-    codes, low, step = _parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
+    codes, low, step = (
+        code_parts(packed, numel, bits) if bits != HALF else (packed.view(torch.bfloat16), packed, packed)
+    )
     for start, stop, kernel in _stretches(
         "encode", numel, bits, dtype, packed.device, most or MOST, PIECE if most or bits == HALF else AHEAD
     ):
@@ -95,7 +97,7 @@ def encode(
             kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        kernel(_whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows], low[rows], step[rows])
+        kernel(whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows], low[rows], step[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -131,7 +133,7 @@ def decodings(
     `most`: so many elements at a time, of whole groups, where the caller holds what is written. Else a compiled kernel,
     which to float32 holds nothing beside, writes all whole groups in one call.
     """
-    parts, wide = _parts(packed, numel, bits), dtype is torch.float32
+    parts, wide = code_parts(packed, numel, bits), dtype is torch.float32
     ahead = PIECE_OF_BYTES if most is None and wide else PIECE
     most = most or (max(numel, GROUP) if wide else MOST_NARROW)
     for start, stop, kernel in _stretches("decode", numel, bits, dtype, packed.device, most, ahead):
@@ -187,7 +189,7 @@ def _loop(half: str, bits: int, dtype: torch.dtype, device: torch.device) -> Ker
         return lambda x, noise, out: native.run("round_half", x.view(torch.uint32), noise, out)
 
     def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
-        flat, unit = x.view(-1), native.number(_unit(bits))
+        flat, unit = x.view(-1), native.number(unit_of(bits))
         words = flat.view(torch.int32)
         native.run("encode", flat, words, noise.reshape(-1), unit, bits, codes.view(-1), low, step)
 
@@ -247,7 +249,9 @@ def _trial(half: str, bits: int, dtype: torch.dtype, whole: bool) -> Trial:
         noise = noise_table(device)[12345 : 12345 + min(SPAN, x.numel())]
         if bits == HALF:
             return x.view(-1), noise, torch.empty(x.numel(), dtype=torch.bfloat16, device=device)
-        parts = _parts(torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits)
+        parts = code_parts(
+            torch.zeros(quantised_bytes(x.numel(), bits), dtype=torch.uint8, device=device), x.numel(), bits
+        )
         if half == "encode":
             return x, noise.view(-1, GROUP), *(parts if whole else parts[:1])
         _write_side(_encode(x, noise.view(-1, GROUP), parts[0], bits), bits, parts[1], parts[2])
@@ -262,14 +266,14 @@ def warm_up(numel: int, bits: int, dtype: torch.dtype, device: torch.device) -> 
         _fast(half, numel, bits, dtype, device)
 
 
-def _parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def code_parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return views: codes uint8 (groups, bytes of one), minima and steps float32 (groups,)."""
     groups, each = -(-numel // GROUP), GROUP * bits // 8
     side = packed[groups * each :].view(torch.float32)
     return packed[: groups * each].view(groups, each), side[:groups], side[groups:]
 
 
-def _whole_groups(chunk: Tensor) -> Tensor:
+def whole_groups(chunk: Tensor) -> Tensor:
     missing = -chunk.numel() % GROUP
     if missing:
         chunk = torch.cat((chunk, chunk[-1:].expand(missing)))
@@ -307,10 +311,10 @@ def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tup
 
 
 def _width(least: Tensor, most: Tensor, bits: int) -> Tensor:
-    return (most - least).mul_(_unit(bits))
+    return (most - least).mul_(unit_of(bits))
 
 
-def _unit(bits: int) -> float:
+def unit_of(bits: int) -> float:
     return 1 / ((1 << bits) - 1)
 
 
@@ -327,7 +331,7 @@ def _write_side(ends: tuple[Tensor, Tensor], bits: int, low: Tensor, step: Tenso
     """
     least, most = ends
     width = (
-        most.float().sub_(least).mul_(_unit(bits))
+        most.float().sub_(least).mul_(unit_of(bits))
     )  # over the kernel's result: all that is held is less than a chunk
     broken = width - width  # 0 or NaN
     torch.add(broken, least, out=low).nan_to_num_(torch.nan)

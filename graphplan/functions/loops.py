@@ -46,15 +46,17 @@ def _jit(function: Loop, **options: Any) -> Loop:
         return cast(Loop, numba.njit(**kind)(function))
 
 
-def _inner(function: Loop) -> Loop:
+def inner(function: Loop) -> Loop:
+    """Compile what loops call."""
     return _jit(function)
 
 
-def _threaded(function: Loop) -> Loop:
+def threaded(function: Loop) -> Loop:
+    """Compile a loop for several threads."""
     return _jit(function, parallel=True)
 
 
-@_inner
+@inner
 def _gather(words: Array, packed: Array) -> None:
     """Write eight bytes, each 0 or not, as the bits of one."""
     for j in range(len(packed)):
@@ -63,14 +65,14 @@ def _gather(words: Array, packed: Array) -> None:
         packed[j] = U8((ones * _GATHER) >> U64(56))
 
 
-@_inner
+@inner
 def _spread(packed: Array, words: Array) -> None:
     """Write each bit as a byte, 0 or not."""
     for j in range(len(packed)):
         words[j] = (U64(packed[j]) * _LOW_BITS) & _EACH_BIT
 
 
-@_inner
+@inner
 def _test(x: Array, test: int, sign: Any, flip: bool, a: Any, b: Any, passed: Array) -> None:
     """Write for each element of a block whether `sign` times it passes, or does not (`flip`)."""
     if test == GREATER:
@@ -87,7 +89,7 @@ def _test(x: Array, test: int, sign: Any, flip: bool, a: Any, b: Any, passed: Ar
             passed[i] = (x[i] > a) & (x[i] < b)
 
 
-@_threaded
+@threaded
 def pack(x: Array, test: int, sign: Any, flip: bool, a: Any, b: Any, packed: Array) -> None:
     """Write whether each element passes a test with constants a and b: uint8 (ceil(n / 8),), lowest bit first."""
     for part in prange((len(x) + PART - 1) // PART):
@@ -101,7 +103,7 @@ def pack(x: Array, test: int, sign: Any, flip: bool, a: Any, b: Any, packed: Arr
             _gather(words, packed[start // 8 : (stop + 7) // 8])
 
 
-@_threaded
+@threaded
 def pack_bools(mask: Array, packed: Array) -> None:
     """Write bytes, 0 or not, as bits: uint8 (ceil(n / 8),), lowest bit first."""
     for part in prange((len(mask) + PART - 1) // PART):
@@ -114,7 +116,7 @@ def pack_bools(mask: Array, packed: Array) -> None:
             _gather(last.view(np.uint64), packed[stop // 8 : stop // 8 + 1])
 
 
-@_threaded
+@threaded
 def unpack(packed: Array, mask: Array) -> None:
     """Write bits as bytes of 0 or 1, (n,)."""
     for part in prange((len(mask) + PART - 1) // PART):
@@ -128,7 +130,7 @@ def unpack(packed: Array, mask: Array) -> None:
                 target[i] = found[i] != 0
 
 
-@_inner
+@inner
 def _choose(found: Array, on: Any, off: Any, same: bool, zero: bool, y: Array) -> None:
     """Multiply a block in place: by `on` where a byte is not 0 (`same`: leave it), else by `off` (`zero`: write 0)."""
     if same and zero:
@@ -145,7 +147,7 @@ def _choose(found: Array, on: Any, off: Any, same: bool, zero: bool, y: Array) -
             y[i] = y[i] * (on if found[i] != 0 else off)
 
 
-@_threaded
+@threaded
 def scale(mask: Array, bits: bool, on: Any, off: Any, same: bool, zero: bool, x: Array, out: Array, over: bool) -> None:
     """Write x times what the mask says (`_choose`) to out, which is x if `over`. The mask is of `bits`, or of bytes."""
     for part in prange((len(x) + PART - 1) // PART):
@@ -162,7 +164,7 @@ def scale(mask: Array, bits: bool, on: Any, off: Any, same: bool, zero: bool, x:
             _choose(found, on, off, same, zero, out[start:stop])
 
 
-@_inner
+@inner
 def _ends(words: Array, base: Any) -> Any:
     """Return the bits of the least and the greatest number of a group, from its bits as integers.
 
@@ -176,15 +178,16 @@ def _ends(words: Array, base: Any) -> Any:
     return (I32(greatest) if first < 0 else first), (last if last >= 0 else first)
 
 
-@_inner
+@inner
 def _code(x: Array, i: Any, noise: Array, j: Any, bottom: Any, rate: Any) -> Any:
     return I32((x[i] - bottom) * rate + noise[j])
 
 
-@_inner
-def _codes(x: Array, base: Any, noise: Array, row: Any, bottom: Any, rate: Any, codes: Array, bits: int) -> None:
-    """Write the codes of the group from `base`, with the noise from `row`."""
-    to = (base >> UP(3)) * UP(bits)
+@inner
+def _codes(
+    x: Array, base: Any, noise: Array, row: Any, bottom: Any, rate: Any, bits: int, codes: Array, to: Any
+) -> None:
+    """Write the codes of the group from `base`, with the noise from `row`, from `to` on."""
     if bits == 8:
         for n in range(GROUP):
             i = UP(n)
@@ -206,7 +209,23 @@ def _codes(x: Array, base: Any, noise: Array, row: Any, bottom: Any, rate: Any, 
             codes[to + i] = U8(I32(low + I32(I32(c * I32(16)) + I32(d * I32(64)))))
 
 
-@_threaded
+@inner
+def encode_group(
+    x: Array, words: Array, base: Any, noise: Array, row: Any, unit: Any, bits: int,
+    codes: Array, to: Any, ends: Array, numbers: Array,
+) -> Any:  # fmt: skip
+    """Write the codes of the group from `base`; return its minimum and step. `numbers` are the bits of `ends`, (2,)."""
+    ends[0], ends[1] = _ends(words, base)
+    bottom = numbers[0]
+    width = (numbers[1] - bottom) * unit
+    rate = F32(1) / width if width > _SMALLEST else F32(0)  # no step, no rate
+    _codes(x, base, noise, row, bottom, rate, bits, codes, to)
+    if width - width != 0:  # one NaN
+        return _NOT_A_NUMBER, _NOT_A_NUMBER
+    return bottom + F32(0), (width if width > _SMALLEST else F32(0))  # one zero
+
+
+@threaded
 def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Array, least: Array, step: Array) -> None:
     """Write the codes of the groups x (n,), whose bits are `words`, and their minima and steps (groups,).
 
@@ -217,19 +236,12 @@ def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Ar
         ends = np.empty(2, np.int32)
         numbers = ends.view(np.float32)
         for g in range(part * each, min(len(step), (part + 1) * each)):
-            base = UP(g * GROUP)
-            ends[0], ends[1] = _ends(words, base)
-            bottom, top = numbers[0], numbers[1]
-            width = (top - bottom) * unit
-            rate = F32(1) / width if width > _SMALLEST else F32(0)  # no step, no rate
-            _codes(x, base, noise, base % UP(len(noise)), bottom, rate, codes, bits)
-            broken = width - width  # 0 or NaN
-            kept = width if width > _SMALLEST else F32(0)
-            least[g] = bottom + F32(0) if broken == 0 else _NOT_A_NUMBER  # one zero, one NaN
-            step[g] = kept if broken == 0 else _NOT_A_NUMBER
+            base, to = UP(g * GROUP), UP(g * 32 * bits)
+            row = base % UP(len(noise))
+            least[g], step[g] = encode_group(x, words, base, noise, row, unit, bits, codes, to, ends, numbers)
 
 
-@_threaded
+@threaded
 def decode(codes: Array, low: Array, step: Array, bits: int, out: Array) -> None:
     """Write the groups out (n,)."""
     each, wide, mask = PART // GROUP, 32 * bits, I32((1 << bits) - 1)
@@ -243,7 +255,7 @@ def decode(codes: Array, low: Array, step: Array, bits: int, out: Array) -> None
                     out[to + UP(i)] = F32(number) * width + bottom
 
 
-@_threaded
+@threaded
 def round_half(x: Array, noise: Array, out: Array) -> None:
     """Write the bits x (n,) of float32 rounded by noise to bfloat16's, uint16; the noise (rows,) again and again."""
     for part in prange((len(x) + BLOCK - 1) // BLOCK):

@@ -12,7 +12,6 @@ import sys
 from functools import cache
 from importlib import import_module
 from threading import Lock
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,15 @@ _LOCK = Lock()  # one of Numba's pools of threads must not be entered twice
 
 
 @cache
-def loops() -> ModuleType | None:
+def loops() -> dict[str, Any] | None:
     """Return the compiled loops; None without Numba, where they are not wanted, or where words are stored otherwise."""
     if sys.byteorder != "little" or os.environ.get("GRAPHPLAN_LOOPS") == "0":
         return None
     try:
-        return import_module("graphplan.functions.loops")
+        modules = [import_module(f"graphplan.functions.{name}") for name in ("loops", "slope_loops")]
     except ImportError:
         return None
+    return {name: value for module in modules for name, value in vars(module).items()}
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -49,6 +49,8 @@ def run(name: str, *args: Any) -> None:
     """Call a loop with arrays for tensors, on as many threads as torch uses."""
     import numba
 
+    found = loops()
+    assert found is not None
     arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
     with _LOCK:
         before = numba.get_num_threads()
@@ -56,7 +58,7 @@ def run(name: str, *args: Any) -> None:
         if threads != before:
             numba.set_num_threads(threads)
         try:
-            getattr(loops(), name)(*arrays)
+            found[name](*arrays)
         finally:
             if threads != before:
                 numba.set_num_threads(before)
@@ -87,5 +89,6 @@ def start_loops() -> None:
     run("unpack", byte[:32], mask)
     run("scale", byte, True, number(1), number(0), False, False, x, x, True)
     run("encode", x, words, x, number(1), 8, byte, one, one)
+    run("encode_slopes", x, 0, x, number(1), 8, byte, one, one)
     run("decode", byte, one, one, 8, x)
     run("round_half", x.view(torch.uint32), x, half)

@@ -5,26 +5,44 @@ linear in what is decoded, hence right on average, which it is not with a code o
 [-0.13, 1.13] however wide x is spread. Groups have ends of their own, as in `group`: between ends fixed beforehand,
 which would cost no bytes, inputs near 0, as models have at first, would all lie in one step (DECISIONS 38).
 
-f' itself is the ATen backward's, of a gradient of ones, chunk by chunk. Decoding multiplies chunk by chunk and can
-write over the gradient. Bytes and what is not finite: as in `group`.
+f' itself is the ATen backward's, of a gradient of ones, chunk by chunk; that of GELU and SiLU a loop's (`slope_loops`)
+where there is one. Decoding multiplies chunk by chunk and can write over the gradient. Bytes and what is not finite: as in
+`group`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from graphplan.functions import native
 from graphplan.functions.bits import in_storage_order, memory_order
-from graphplan.functions.group import GROUP, SPAN, decode, decodings, encode, mix, quantised_bytes
+from graphplan.functions.group import (
+    GROUP,
+    SPAN,
+    code_parts,
+    decode,
+    decodings,
+    encode,
+    mix,
+    noise_table,
+    quantised_bytes,
+    unit_of,
+    whole_groups,
+)
 from graphplan.functions.register import derived, registered
 
 aten = torch.ops.aten
 # Elements at a time with a compiled kernel: less than a chunk stands beside the code.
 MOST = 3 * SPAN  # derivatives, and the gradient of ones that their kernel makes
 MOST_DECODED = 7 * SPAN  # derivatives alone
+LOOPS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}  # `slope_loops` has these
 # f'(x) as (a gradient of ones, x, constants) where x is what the backward reads
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "gelu": lambda one, x: aten.gelu_backward(one, x),
@@ -50,6 +68,9 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
     `key` differs by step, `slot` by tensor.
     """
     packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
+    if function in LOOPS and native.serves(x) and _agrees(function):
+        _encode_by_loop(packed, flat, LOOPS[function], bits, mix(key, slot))
+        return packed
 
     def load(start: int, stop: int) -> Tensor:
         one = torch.ones((), device=x.device).expand(stop - start)
@@ -57,6 +78,36 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
 
     encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, MOST)
     return packed
+
+
+def _encode_by_loop(packed: Tensor, flat: Tensor, kind: int, bits: int, seed: int) -> None:
+    """Write the code of the derivatives at flat (n,): whole groups, then those of the last one, which is filled up."""
+    numel, place = flat.numel(), seed % SPAN
+    codes, low, step = code_parts(packed, numel, bits)
+    for start, stop in ((0, numel // GROUP * GROUP), (numel // GROUP * GROUP, numel)):
+        if start < stop:
+            x, first = whole_groups(flat[start:stop]).view(-1), place + start % SPAN
+            rows = slice(start // GROUP, -(-stop // GROUP))
+            noise, unit = noise_table(flat.device)[first : first + min(SPAN, len(x))], native.number(unit_of(bits))
+            native.run("encode_slopes", x, kind, noise, unit, bits, codes[rows].view(-1), low[rows], step[rows])
+
+
+@cache
+def _agrees(function: str) -> bool:
+    """Return whether the loop's derivative is ATen's within 1e-5, wherever it bends."""
+    x, found = torch.linspace(-12, 12, 16 * GROUP), torch.empty(16 * GROUP)
+    fraction, whole = torch.empty(GROUP), torch.empty(GROUP, dtype=torch.int32)
+    for base in range(0, len(x), GROUP):
+        out = found[base : base + GROUP]
+        native.run("slopes", x, np.uintp(base), LOOPS[function], out, fraction, whole, whole.view(torch.float32))
+    worst = float((found - SLOPES[function](torch.ones_like(x), x)).abs().max())
+    if not worst < 1e-5:
+        warnings.warn(
+            f"graphplan takes {function}'s derivative from ATen: a loop's is {worst:.2g} off",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return worst < 1e-5
 
 
 def slope_error(x: Tensor, function: str, consts: Sequence[float], bits: int) -> float:
