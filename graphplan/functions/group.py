@@ -274,6 +274,7 @@ def code_parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, T
 
 
 def whole_groups(chunk: Tensor) -> Tensor:
+    """Return a chunk as groups; a short last one repeats its last element."""
     missing = -chunk.numel() % GROUP
     if missing:
         chunk = torch.cat((chunk, chunk[-1:].expand(missing)))
@@ -315,6 +316,7 @@ def _width(least: Tensor, most: Tensor, bits: int) -> Tensor:
 
 
 def unit_of(bits: int) -> float:
+    """Return a step as a part of the distance between a group's ends."""
     return 1 / ((1 << bits) - 1)
 
 

@@ -6,8 +6,8 @@ linear in what is decoded, hence right on average, which it is not with a code o
 which would cost no bytes, inputs near 0, as models have at first, would all lie in one step (DECISIONS 38).
 
 f' itself is the ATen backward's, of a gradient of ones, chunk by chunk; that of GELU and SiLU a loop's (`slope_loops`)
-where there is one. Decoding multiplies chunk by chunk and can write over the gradient. Bytes and what is not finite: as in
-`group`.
+where there is one. Decoding multiplies chunk by chunk and can write over the gradient. Bytes and what is not finite:
+as in `group`.
 """
 
 from __future__ import annotations
