@@ -30,10 +30,10 @@ from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from graphplan.units import check_budget, parse_budget
 from graphplan.unplanned import unplanned_peak
-from solvers import Limits, Schedule, Solution, simulate
+from solvers import Limits, Problem, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
-PLAIN_SHARE = 0.5  # of the time limit at least, for plans without codecs where the others are not proven best
+SECOND_SHARE = 0.5  # of the time limit at least, where plans with codecs and without are searched one after the other
 ANY_NOISE_PPB = 1 << 62
 TIGHTENINGS = 3
 
@@ -252,26 +252,44 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
 def _solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: int) -> Solution:
     """Return the solver's answer; where it is not proven best, no worse than what it finds then without codecs.
 
-    More to choose from makes a larger search, which may find less before its time is up. And below the least peak of
-    single recomputation without codecs, what is best of one recompute a value may be worse than a plan of more.
+    More to choose from makes a larger search, which may find less before its time is up. Below the least peak of single
+    recomputation without codecs, what is best of one recompute a value may be worse than a plan of more, and time is
+    short: there plans without codecs come first, and the others start from what they reach.
     """
-    start = time.monotonic()
-    solution = solvers.solve(prepared.problem, solver, limits)
-    left = limits.seconds - (time.monotonic() - start)
-    among_all = solution.bound_class == solvers.ANY_PLAN or prepared.problem.budget_bytes >= single_peak_bytes
-    if (solution.status is solvers.Status.OPTIMAL and among_all) or not prepared.instructions.encoded:
+    start, problem = time.monotonic(), prepared.problem
+    if not prepared.instructions.encoded:
+        return solvers.solve(problem, solver, limits)
+    if problem.budget_bytes < single_peak_bytes:
+        plain = _without_codecs(prepared, solver, limits)
+        found = () if plain.schedule is None else (plain.schedule,)
+        left = _rest(limits, start)
+        return _cheaper(problem, solvers.solve(problem, solver, replace(left, known=(*limits.known, *found))), plain)
+    solution = solvers.solve(problem, solver, limits)
+    if solution.status is solvers.Status.OPTIMAL:
         return solution
+    return _cheaper(problem, solution, _without_codecs(prepared, solver, _rest(limits, start)))
+
+
+def _rest(limits: Limits, start: float) -> Limits:
+    """Return the limits of a second solve."""
+    return replace(limits, seconds=max(limits.seconds - (time.monotonic() - start), SECOND_SHARE * limits.seconds))
+
+
+def _without_codecs(prepared: Prepared, solver: str, limits: Limits) -> Solution:
     plain = without_codecs(prepared.problem, prepared.instructions)
-    seconds = max(left, PLAIN_SHARE * limits.seconds)
     known = tuple(s for s in limits.known if max(s) < len(plain.ops))
-    other = solvers.solve(plain, solver, replace(limits, seconds=seconds, known=known))
-    if other.schedule is None:
+    return solvers.solve(plain, solver, replace(limits, known=known))
+
+
+def _cheaper(problem: Problem, solution: Solution, plain: Solution) -> Solution:
+    """Return `solution`, with the schedule that was found without codecs where that costs less."""
+    if plain.schedule is None:
         return solution
-    cost = simulate(prepared.problem, other.schedule).cost_ns
-    if solution.schedule is not None and simulate(prepared.problem, solution.schedule).cost_ns <= cost:
+    cost = simulate(problem, plain.schedule).cost_ns
+    if solution.schedule is not None and simulate(problem, solution.schedule).cost_ns <= cost:
         return solution
     status = solvers.Status.FEASIBLE
-    return replace(solution, schedule=other.schedule, status=status, solver=f"{other.solver}, no codecs")
+    return replace(solution, schedule=plain.schedule, status=status, solver=f"{plain.solver}, no codecs")
 
 
 def check_noise(
