@@ -39,7 +39,7 @@ STRETCHES, OVERLAP = 4, 0.3  # of the forward, and how much longer than its shar
 STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.1  # of the time for one at most; what they leave
 NEW_ROWS = 3
 FIRST_ROWS = 2  # peaks of each known plan
-ANY_SECONDS = 1.0  # at least, for the bound on any plan
+ANY_SECONDS, ANY_SHARE = 1.0, 0.05  # at least, and of the time, for the bound on any plan
 SETTLED = 0.99  # of a fate in the linear relaxation
 SLICE = 0.4  # of the time left, for one round
 LOOSE = 1e-3  # relative gap of a round while its plans still break rows that it does not know
@@ -64,7 +64,7 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
     `before` are the rows and cuts that another budget of the same problem needed: they are as valid here.
     """
     rounds = Rounds.after(before, units, search)
-    search.bound_ns = cost_floor(search.problem, units)
+    search.share, search.bound_ns = 1.0 - ANY_SHARE, cost_floor(search.problem, units)
     shares, near = relax(search, rounds), False
     if before is None:
         mend_checkpoints(search, units)
@@ -109,7 +109,8 @@ def _answer(search: Search, units: Units, rounds: Rounds) -> Solution:
     bound = search.bound_ns or 0
     if search.fates is None and search.cost_ns is not None and search.cost_ns < bound:
         return answer_any(search, units, rounds)  # a plan outside the class beats all of it
-    return replace(search.answer(bound, ONE_RECOMPUTE), any_bound_ns=bound_any(search, rounds))
+    any_bound = bound_any(search, rounds)
+    return replace(search.answer(bound, ONE_RECOMPUTE), any_bound_ns=any_bound)
 
 
 def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> Solution:
@@ -121,9 +122,12 @@ def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> So
 
 def bound_any(search: Search, rounds: Rounds) -> int:
     """Return the best bound on any plan over two row sets: evenly spaced ones are sometimes the stronger."""
-    budget, seconds = search.problem.budget_bytes, max(ANY_SECONDS, search.left())
+    budget, search.share = search.problem.budget_bytes, 1.0
     sets = [rounds.rows] if search.any_bound_ns else [spaced_rows(search.problem), rounds.rows]
-    return max(search.any_bound_ns, *(any_plan_bound(rounds.units, budget, rows, seconds) for rows in sets))
+    for rows in sets:
+        found = any_plan_bound(rounds.units, budget, rows, max(ANY_SECONDS, search.left()))
+        search.any_bound_ns = max(search.any_bound_ns, found)
+    return search.any_bound_ns
 
 
 def relax(search: Search, rounds: Rounds) -> Shares:
