@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from graphplan.device import Device, Sample, sample_key
 from graphplan.graph import Graph, target_text
 from graphplan.instructions import Instruction, Instructions
-from graphplan.meter import Meter
+from graphplan.meter import Meter, Reading
 from graphplan.strides import made_up
 
 MIN_RUNS = 3
@@ -111,9 +111,10 @@ def _key(probe: _Probe | None) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Probe:
-    """One instruction as a small graph of its own."""
+    """One instruction as a small graph of its own; `over`: that of the form which writes over what it reads."""
 
     module: fx.GraphModule
+    over: fx.GraphModule | None
     inputs: tuple[Any, ...]  # fake or meta tensors that say the shapes; an optimizer's state and settings as dicts
     written_bytes: int
     target: str
@@ -129,10 +130,8 @@ class _Probe:
 class _Isolated:
     """An Emitter that makes every value that is loaded an input, and every value that is stored an output."""
 
-    takes_over = False
-
-    def __init__(self, instructions: Instructions) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, instructions: Instructions, *, takes_over: bool = False) -> None:
+        self.graph, self.takes_over = fx.Graph(), takes_over
         self.encoded = {e.id: e for e in instructions.encoded}
         self.inputs: dict[Any, tuple[fx.Node, Any]] = {}
         self.outputs: list[fx.Node] = []
@@ -170,14 +169,10 @@ class _Isolated:
 def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe | None:
     if item.kind in ("turn", "end"):
         return None
-    out = _Isolated(instructions)
-    item.emit(out)
-    first = next(iter(out.graph.nodes))
-    for node in reversed([n for n, _ in out.inputs.values()]):
-        if node is not first:
-            first.prepend(node)
-            first = node
-    out.graph.output(tuple(out.outputs))
+    out = _isolated(instructions, item)
+    # An op of ATen's holds no more in place. What a codec's function holds there, the Problem must have room for.
+    over = item.kind == "variant" and item.takes_over is not None
+    in_place = _isolated(instructions, item, takes_over=True) if over else None
     inputs = tuple(t for _, t in out.inputs.values())
     sizes = {e.id: e.nbytes for e in instructions.encoded}
     written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
@@ -185,10 +180,28 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     shapes = [_described(v) for v in inputs]
     target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
     device = _device_of(graph)
-    text = f"{body}|{shapes}|{written}|{device.type}"
+    text = f"{body}|{shapes}|{written}|{device.type}" + ("|over" if over else "")
     return _Probe(
-        fx.GraphModule({}, out.graph), inputs, written, target, sample_key(text), item.beyond is None or item.op is None
+        fx.GraphModule({}, out.graph),
+        None if in_place is None else fx.GraphModule({}, in_place.graph),
+        inputs,
+        written,
+        target,
+        sample_key(text),
+        item.beyond is None or item.op is None,
     )
+
+
+def _isolated(instructions: Instructions, item: Instruction, *, takes_over: bool = False) -> _Isolated:
+    out = _Isolated(instructions, takes_over=takes_over)
+    item.emit(out)
+    first = next(iter(out.graph.nodes))
+    for node in reversed([n for n, _ in out.inputs.values()]):
+        if node is not first:
+            first.prepend(node)
+            first = node
+    out.graph.output(tuple(out.outputs))
+    return out
 
 
 def _renamed(graph: fx.Graph) -> list[fx.Node]:
@@ -213,36 +226,48 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
     device = _device_of(graph)
     total = 2 * len(probes)
     samples: dict[str, Sample] = {}
-    ran: list[_Probe] = []
+    ran: list[tuple[_Probe, bool, bool]] = []  # as `_scratch` says
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch._C._DisableAutocast():
         with Meter(device) as meter:
             for i, probe in enumerate(probes):
-                if _runs(probe, meter, device):
-                    ran.append(probe)
+                for form in (f for f in (probe.module, probe.over) if f is not None):
+                    refused = not _runs(probe, form, meter, device)
+                    ran.append((probe, form is probe.over, refused))
                 if progress:
                     progress("memory of each op", i + 1, total)
-        # A region that raised has a reading too, of no use.
-        readings = [r for r, ok in zip(meter.readings, (p in ran for p in probes), strict=True) if ok]
-        for i, (probe, reading) in enumerate(zip(ran, readings, strict=True)):
+        scratch = _scratch(ran, meter.readings)
+        for i, probe in enumerate(p for p in probes if p.key in scratch):
             inputs = [made_up(t, device) for t in probe.inputs]
             cost_ns = _time(probe.module, inputs, device) if probe.timed else 0
             del inputs
-            scratch = max(0, reading.peak_bytes - probe.written_bytes)
-            samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch)
+            samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[probe.key])
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
     return samples
 
 
-def _runs(probe: _Probe, meter: Meter, device: torch.device) -> bool:
-    """Run `probe` metered; False where the op refuses made-up values (a factorisation, an index check)."""
+def _scratch(ran: Sequence[tuple[_Probe, bool, bool]], readings: Sequence[Reading]) -> dict[str, int]:
+    """Return the most that each probe holds beside what it reads and writes, of (probe, in place?, refused?) by region.
+
+    A region that raised has a reading, too, of no use; its probe is left out.
+    """
+    found: dict[str, int] = {}
+    for (probe, over, _), reading in zip(ran, readings, strict=True):
+        own = reading.peak_bytes - (0 if over else probe.written_bytes)
+        found[probe.key] = max(0, own, found.get(probe.key, 0))
+    refusing = {p.key for p, _, refused in ran if refused}
+    return {key: most for key, most in found.items() if key not in refusing}
+
+
+def _runs(probe: _Probe, form: fx.GraphModule, meter: Meter, device: torch.device) -> bool:
+    """Run a form of `probe` metered; False where the op refuses made-up values (a factorisation, an index check)."""
     inputs = [made_up(t, device) for t in probe.inputs]
     try:
         if not probe.target.endswith(":op"):
-            probe.module(*inputs)  # the codecs' functions make small tables when they first run, and keep them
+            form(*inputs)  # the codecs' functions make small tables when they first run, and keep them
         with meter.region():
-            outputs = probe.module(*inputs)
+            outputs = form(*inputs)
     except (RuntimeError, IndexError, ValueError):
         return False
     del outputs

@@ -16,12 +16,14 @@ from graphplan import functions
 from graphplan.capture import capture, flatten_call
 from graphplan.codecs import choose_codecs
 from graphplan.codecs.fewbit import BACKWARDS
-from graphplan.functions import SLOPES, from_slopes, quantise_slopes
+from graphplan.device import Device
+from graphplan.functions import SLOPES, from_slopes, group, native, quantise_slopes
 from graphplan.functions.group import GROUP
 from graphplan.graph import StorageKind
 from graphplan.instructions import instructions_of
 from graphplan.meter import peak_of
 from graphplan.noise import estimate, measure_noise
+from graphplan.profile import profile
 from graphplan.replay import Batch
 from graphplan.rewrite import rewrite
 from models_zoo import MODELS
@@ -137,6 +139,19 @@ def test_both_halves_bound_the_temporaries() -> None:
     encoding = peak_of(lambda: quantise_slopes(x, "gelu", [], 4, 1, 1), x.device).peak_bytes - len(code)
     decoding = peak_of(lambda: times("gelu", code, 4, x, grad), x.device).peak_bytes - 4 * x.numel()
     assert max(encoding, decoding) <= 4 * functions.CHUNK
+
+
+def test_a_plan_has_room_for_what_is_held_while_a_gradient_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    monkeypatch.setattr(group, "compiled", lambda *args: None)
+    x = torch.randn(2000, 64)
+    graph = capture(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4)), (x,)).graph
+    instructions = instructions_of(graph, choose_codecs("fewbit4"))
+    costs = profile(graph, instructions, Device.this())
+    code = quantise_slopes(x, "gelu", [], 4, 1, 1)
+    alone, over = (peak_of(lambda at=at: times("gelu", code, 4, x, x, at), x.device).peak_bytes for at in (None, 0))
+    (i,) = (i for i, item in enumerate(instructions.items) if item.kind == "variant" and item.takes_over is not None)
+    assert costs.workspace_bytes[i] == over > alone - 4 * x.numel()
 
 
 class Net(nn.Module):

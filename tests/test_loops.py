@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -103,6 +104,15 @@ def test_dropout(size: int, seed: int, p: float) -> None:
         assert same_bits(*both(call))
 
 
+@settings(max_examples=40, deadline=None)
+@given(size=sizes, seed=st.integers(0, 1 << 30), bits=st.sampled_from((4, 2)), over=st.sampled_from((None, 0)))
+def test_backwards_from_slopes(size: int, seed: int, bits: int, over: int | None) -> None:
+    x, grad = numbers(size, seed), numbers(size, seed + 1)
+    code, like = functions.quantise_slopes(x, "gelu", [], bits, 1, 1), ((size,), (1,), torch.float32, (1,))
+    form = functions.from_slopes(aten.gelu_backward.default, 1, over)
+    assert same_bits(*both(lambda: form(code, bits, *like, grad.clone())))
+
+
 def test_strides() -> None:
     """What lies in another order than its mask, or has gaps, is left to torch."""
     mask = torch.rand(2, 3, 8, 6) < 0.5
@@ -120,6 +130,10 @@ def test_nothing_is_held_beside_the_result() -> None:
     functions.dropout_backward(x, mask, 2.0)
     assert peak_of(lambda: functions.dropout_backward(x, mask, 2.0), x.device).peak_bytes == 4 << 20
     assert peak_of(lambda: functions.pack_sides(x, ["above"], [0.0]), x.device).peak_bytes == 1 << 17
+    form = functions.from_slopes(aten.gelu_backward.default, 1, 0)
+    args = functions.quantise_slopes(x, "gelu", [], 4, 1, 1), 4, x.shape, x.stride(), x.dtype, x.stride(), x
+    form(*args)
+    assert peak_of(lambda: form(*args), x.device).peak_bytes == 0
 
 
 def test_threads_of_their_own() -> None:
@@ -139,6 +153,20 @@ def test_threads_of_their_own() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    """Numba starts its own threads once in a process, by a call that sets the number of torch's, too."""
+    script = """
+import torch
+from graphplan.functions import start_loops
+torch.set_num_threads(1)
+torch.randn(1 << 18).exp()
+start_loops()
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "1"
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

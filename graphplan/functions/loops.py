@@ -256,6 +256,25 @@ def decode(codes: Array, low: Array, step: Array, bits: int, out: Array) -> None
 
 
 @threaded
+def decode_times(codes: Array, low: Array, step: Array, bits: int, x: Array, out: Array, over: bool) -> None:
+    """Write x (n,) times the groups to out, which is x if `over`."""
+    each, wide, mask = PART // GROUP, 32 * bits, I32((1 << bits) - 1)
+    for part in prange((len(low) + each - 1) // each):
+        for g in range(part * each, min(len(low), (part + 1) * each)):
+            bottom, width = low[g], step[g]
+            for k in range(8 // bits):
+                shift, start, to = I32(k * bits), UP(g * wide), UP(g * GROUP + k * wide)
+                if over:
+                    for i in range(wide):
+                        number = I32(I32(I32(codes[start + UP(i)]) >> shift) & mask)
+                        out[to + UP(i)] = out[to + UP(i)] * (F32(number) * width + bottom)
+                else:
+                    for i in range(wide):
+                        number = I32(I32(I32(codes[start + UP(i)]) >> shift) & mask)
+                        out[to + UP(i)] = x[to + UP(i)] * (F32(number) * width + bottom)
+
+
+@threaded
 def round_half(x: Array, noise: Array, out: Array) -> None:
     """Write the bits x (n,) of float32 rounded by noise to bfloat16's, uint16; the noise (rows,) again and again."""
     for part in prange((len(x) + BLOCK - 1) // BLOCK):

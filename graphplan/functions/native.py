@@ -53,8 +53,8 @@ def run(name: str, *args: Any) -> None:
     assert found is not None
     arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
     with _LOCK:
-        before = numba.get_num_threads()
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        ours, before = torch.get_num_threads(), numba.get_num_threads()
+        threads = min(ours, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if threads != before:
             numba.set_num_threads(threads)
         try:
@@ -62,6 +62,9 @@ def run(name: str, *args: Any) -> None:
         finally:
             if threads != before:
                 numba.set_num_threads(before)
+            # Numba starts its threads with a call of OpenMP's that sets the number of torch's, too.
+            if torch.get_num_threads() != ours:
+                torch.set_num_threads(ours)
 
 
 def _array(x: Tensor) -> Any:
@@ -91,4 +94,5 @@ def start_loops() -> None:
     run("encode", x, words, x, number(1), 8, byte, one, one)
     run("encode_slopes", x, 0, x, number(1), 8, byte, one, one)
     run("decode", byte, one, one, 8, x)
+    run("decode_times", byte, one, one, 4, x, x, True)
     run("round_half", x.view(torch.uint32), x, half)

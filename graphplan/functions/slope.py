@@ -155,6 +155,9 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
 
 def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> None:
     """Write grad (n,) times the derivatives packed to out (n,), which is grad if `over`."""
+    if native.serves(grad, out) and _multiplies(bits):
+        _times_by_loop(packed, bits, grad, out, over)
+        return
     if not over and out.dtype is torch.float32:
         decode(packed, out, bits)
         out.mul_(grad)
@@ -167,3 +170,34 @@ def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> 
             torch.mul(grad[start:stop], slopes, out=out[start:stop])
         else:
             out[start:stop] = slopes.mul_(grad[start:stop])
+
+
+def _times_by_loop(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> None:
+    """Multiply whole groups by a loop, and by those of the last one that are there."""
+    numel, groups = grad.numel(), grad.numel() // GROUP
+    codes, low, step = code_parts(packed, numel, bits)
+    end = groups * GROUP
+    if end:
+        parts = codes[:groups].view(-1), low[:groups], step[:groups]
+        native.run("decode_times", *parts, bits, grad[:end], out[:end], over)
+    if end < numel:
+        last = torch.empty(GROUP)
+        native.run("decode", codes[groups:].view(-1), low[groups:], step[groups:], bits, last)
+        torch.mul(grad[end:], last[: numel - end], out=out[end:])
+
+
+@cache
+def _multiplies(bits: int) -> bool:
+    """Return whether the loop's products are, to the bit, those of what is decoded."""
+    x, grad = torch.linspace(-4, 4, 16 * GROUP + 1), torch.linspace(3, -5, 16 * GROUP + 1)
+    packed, decoded = quantise_slopes(x, "gelu", (), bits, 0, 0), torch.empty_like(x)
+    decode(packed, decoded, bits)
+    for over in (False, True):
+        out = grad.clone()
+        _times_by_loop(packed, bits, out if over else grad, out, over)
+        if not torch.equal(out, grad * decoded):
+            warnings.warn(
+                "graphplan multiplies derivatives by torch: a loop's products differ", RuntimeWarning, stacklevel=2
+            )
+            return False
+    return True
