@@ -13,9 +13,7 @@ from torch import Tensor, fx, nn
 from graphplan.errors import CaptureError
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, target_text, tensors_of
 from graphplan.interface import Interface
-from graphplan.normalise import Extend, is_random, normalise
-from graphplan.order import reorder
-from graphplan.views import aliased_input
+from graphplan.passes import Extend, aliased_input, is_random, normalise, reorder
 
 # Results that a kernel may make an element longer and then cut, which keeps their memory; their fakes do not say so.
 CUT = {torch.ops.aten._embedding_bag.default: (1, 2)}

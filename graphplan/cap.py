@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class Cap:
         said = (str(error).splitlines() or ["no memory"])[0].rpartition("err == 0. ")[2]
         self.refusal = f"{type(error).__name__}: {said}" + " (oneDNN was given no memory)" * (_UNTOLD in said)
         return True
+
+
+def can_cap() -> bool:
+    """Return whether RLIMIT_DATA limits anonymous memory here: Linux alone."""
+    return sys.platform == "linux"
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -24,8 +24,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
-from graphplan.normalise import Extend
-from graphplan.recurrent import recurrent_layers_that_train
+from graphplan.passes import Extend, recurrent_layers_that_train
 from graphplan.tree import Template
 
 _TORCH = str(Path(torch.__file__).parent)

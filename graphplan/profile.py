@@ -18,7 +18,7 @@ from graphplan.device import Device, Sample, sample_key
 from graphplan.graph import Graph, target_text
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
-from graphplan.strides import made_up
+from graphplan.passes import made_up
 
 MIN_RUNS = 3
 MAX_RUNS = 15

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphplan
-from graphplan import order
 from graphplan.capture import capture
-from graphplan.order import reorder
+from graphplan.passes import order
+from graphplan.passes.order import reorder
 from solvers import simulate, working_set
 
 

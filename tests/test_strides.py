@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphplan
-from graphplan import normalise
+from graphplan.passes import joint
 
 
 class Tokens(nn.Module):
@@ -89,7 +89,7 @@ def test_traced_strides_are_real_where_operands_have_two_orders() -> None:
 
 def test_without_it_the_program_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """When this passes no longer, torch's fake kernels have been mended, and graphplan/strides.py can go."""
-    monkeypatch.setattr(normalise, "mend_strides", lambda graph: None)
+    monkeypatch.setattr(joint, "mend_strides", lambda graph: None)
     planned = graphplan.optimize(Tokens("a view"), "100%", (torch.randn(3, 5, 8),))
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         planned(torch.randn(3, 5, 8))

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphplan.cli.demo_report import demo_tables, draw, largest_difference
+from graphplan.cap import can_cap
+from graphplan.cli.demo_report import Outcome, demo_tables, draw, largest_difference
 from graphplan.cli.output import BROKEN, AsJson, BadInput, answering, show, show_json
 from graphplan.cli.plan_commands import read_options
 from graphplan.errors import GraphplanError, InfeasibleBudget
@@ -36,37 +37,6 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "65536",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the demo's processes reported; each is the result of one worker."""
-
-    plan: Plan
-    capped_eager: dict[str, Any]
-    planned: dict[str, Any]
-    eager: dict[str, Any]
-    allowance_bytes: int
-
-    @property
-    def refused(self) -> bool:
-        """Whether the operating system refused memory to the unplanned training."""
-        return self.capped_eager.get("refusal") is not None
-
-    @property
-    def finished(self) -> bool:
-        """Whether the planned training finished under the same cap."""
-        return self.planned.get("refusal") is None
-
-    @property
-    def within(self) -> bool:
-        """Whether the planned step's measured peak is within the budget."""
-        return self.finished and self.planned["peak_bytes"] <= self.plan.budget_bytes
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything that the demo promises was seen."""
-        return self.within and (self.refused or not can_cap())
 
 
 def demo(
@@ -105,11 +75,6 @@ def check_packages() -> None:
         raise BadInput(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if importlib.util.find_spec("models_zoo") is None:
         raise BadInput("the demo needs the package models_zoo, which comes with graphplan: install graphplan again")
-
-
-def can_cap() -> bool:
-    """Return whether RLIMIT_DATA limits anonymous memory here: Linux alone."""
-    return sys.platform == "linux"
 
 
 def play(steps: int, batch: int, budget: str, time_limit: float, out: Path, report: Report) -> Outcome:

@@ -1,19 +1,50 @@
-"""The demo's tables and its picture of both memory timelines."""
+"""What the demo saw: its tables and its picture of both memory timelines."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from graphplan.cap import can_cap
 from graphplan.cli.output import pyplot
 from graphplan.cli.tables import grid, share
+from graphplan.plan import Plan
 from graphplan.units import format_bytes, format_ns
 
-if TYPE_CHECKING:
-    from graphplan.cli.demo import Outcome
-
 UNPLANNED, PLANNED, BUDGET = "#b3541e", "#1f6f8b", "#333333"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the demo's processes reported; each is the result of one worker."""
+
+    plan: Plan
+    capped_eager: dict[str, Any]
+    planned: dict[str, Any]
+    eager: dict[str, Any]
+    allowance_bytes: int
+
+    @property
+    def refused(self) -> bool:
+        """Whether the operating system refused memory to the unplanned training."""
+        return self.capped_eager.get("refusal") is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the planned training finished under the same cap."""
+        return self.planned.get("refusal") is None
+
+    @property
+    def within(self) -> bool:
+        """Whether the planned step's measured peak is within the budget."""
+        return self.finished and self.planned["peak_bytes"] <= self.plan.budget_bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that the demo promises was seen."""
+        return self.within and (self.refused or not can_cap())
 
 
 def largest_difference(outcome: Outcome) -> float | None:

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from graphplan.graph import tensors_of
 from graphplan.interface import Interface
+from graphplan.passes import aliased_input, view_readers
 from graphplan.step import slices
-from graphplan.views import aliased_input, view_readers
 
 aten = torch.ops.aten
 LEAST_BYTES = 1 << 22  # smaller operands are not worth a second call

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from graphplan.views import aliased_input
+from graphplan.passes.views import aliased_input
 
 aten = torch.ops.aten
 _SURE = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.clone.default)

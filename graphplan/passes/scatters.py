@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphplan.interface import Interface
-from graphplan.views import aliased_input
+from graphplan.passes.views import aliased_input
 
 aten = torch.ops.aten
 _IN_ONE_PIECE = (aten.select_scatter.default, aten.slice_scatter.default)

@@ -12,10 +12,10 @@ from torch import fx, nn
 from graphplan import functions
 from graphplan.graph import StorageKind, tensors_of
 from graphplan.interface import Interface, resolve
-from graphplan.scatters import shrink_scatters
-from graphplan.strides import mend_strides
-from graphplan.sums import merge_sums
-from graphplan.views import merge_copies, merge_views, view_readers
+from graphplan.passes.scatters import shrink_scatters
+from graphplan.passes.strides import mend_strides
+from graphplan.passes.sums import merge_sums
+from graphplan.passes.views import merge_copies, merge_views, view_readers
 
 aten = torch.ops.aten
 _HELD_LIKE_OPERANDS = (
