@@ -175,11 +175,14 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     """Offer plans that recompute more than once, for a budget below the peak of `low`, which do not."""
     if search.schedule is not None:
         search.offer(spare(search, search.schedule))
-    budget = search.problem.budget_bytes
+    budget, seen = search.problem.budget_bytes, set[Schedule]()
     for start in chain(roundings(search, units, budget), _polished(search, units, low)):
+        if start in seen:
+            continue
         found = _fit(search, search.problem, start, budget)
-        if search.offer(found).peak_bytes <= budget:
+        if found not in seen and search.offer(found).peak_bytes <= budget:
             search.offer(spare(search, found))
+        seen.update((start, found))
         cost = search.cost_ns
         if cost is not None and cost - search.any_bound_ns <= search.limits.gap * cost:
             return

@@ -14,7 +14,7 @@ import solvers
 from models_zoo import MODELS, Entry
 
 FRACTIONS = (0.0, 0.1, 0.5, 0.9, 1.0)
-SECONDS = 6.0
+SECONDS = 3.0
 
 
 def loss_of(entry: Entry, targets: object) -> object:

@@ -82,7 +82,7 @@ def ten_steps(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ten_steps_equal_the_plain_loop(name: str) -> None:
     model, optimizer, other, its = twins(Net(), OPTIMIZERS[name])
-    step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", X, Y)
+    step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", X, Y, time_limit=5)
     ten_steps(step.at_budget(step.plan.minimum_peak_bytes), other, its, (X,), Y, F.cross_entropy)
 
 
@@ -92,7 +92,7 @@ def test_zoo_at_the_least_budget(name: str, kind: str) -> None:
     entry = MODELS[name]
     model, optimizer, other, its = twins(entry.build_small(), OPTIMIZERS[kind])
     inputs, targets = entry.example_small().inputs, entry.example_small().targets
-    full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=5)
+    full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=3)
     step = full.at_budget(full.plan.minimum_peak_bytes)
     ten_steps(step, other, its, inputs, targets, entry.loss)
     measured = graphplan.measure(step, inputs, example_targets=targets, runs=1).peak_bytes

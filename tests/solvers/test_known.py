@@ -77,7 +77,7 @@ def test_the_least_peak_repeats_itself() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_least_peak_is_the_same_however_long_ops_took(seed: int) -> None:
-    problem = at_share(random_problem(7400 + seed, 60), 0.0)
+    problem = at_share(random_problem(7400 + seed, 40), 0.0)
     random = Random(seed)
     ops = tuple(replace(op, cost_ns=round(op.cost_ns * random.uniform(0.5, 2))) for op in problem.ops)
     first = least_peak(problem)
