@@ -83,6 +83,7 @@ class Primal:
     value: torch.Tensor | None = field(default=None, repr=False, compare=False)
     node: str = ""
     mutated: bool = False
+    hooked: bool = False  # autograd calls the user's functions with its gradient
 
 
 @dataclass(frozen=True, slots=True)

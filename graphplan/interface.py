@@ -153,8 +153,9 @@ def _primal(desc: Any, model: nn.Module, traced: nn.Module, prefix: str) -> Prim
         )
     kind = StorageKind.PARAMETER if isinstance(desc, ParamAOTInput) else StorageKind.BUFFER
     path = desc.target.removeprefix(prefix)
-    if path != desc.target and resolve(model, path) is not None:
-        return Primal(kind, path)
+    value = resolve(model, path)
+    if path != desc.target and value is not None:
+        return Primal(kind, path, hooked=bool(value._backward_hooks))
     return Primal(StorageKind.CONSTANT, path, value=resolve(traced, desc.target))
 
 

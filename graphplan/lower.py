@@ -11,6 +11,7 @@ from graphplan.noise import PPB, REFUSED_PPB, Noise
 from graphplan.profile import Profile
 from solvers import Kind, Op, Problem
 
+HOOK_BYTES = 256  # the scalars that a hook multiplies with
 _KINDS = {"encode": Kind.ENCODE, "decode": Kind.DECODE}
 
 
@@ -59,7 +60,7 @@ def lower(
     turn, end = instructions.turn, instructions.program[-1]
     tangents = sum(sizes[s] for s in instructions.items[turn].writes)
     ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
-    ops[end] = _with_workspace(ops[end], gradient_copies_bytes(graph))
+    ops[end] = _with_workspace(ops[end], gradient_copies_bytes(graph) + hooked_bytes(graph))
     problem = Problem(
         name=graph.name,
         ops=tuple(ops),
@@ -142,6 +143,16 @@ def gradient_copies_bytes(graph: Graph) -> int:
         if shared or grad.stride() != param.stride():
             total += grad.numel() * grad.element_size()
     return total
+
+
+def hooked_bytes(graph: Graph) -> int:
+    """Return the bytes of the largest gradient that a hook gets: what it returns instead exists beside it.
+
+    Hooks of one parameter run after those of another, when the backward is done.
+    """
+    pairs = zip(graph.primals, graph.gradients, strict=True)
+    values = [graph.nodes[name].meta["val"] for p, name in pairs if p.hooked and name is not None]
+    return max((v.numel() * v.element_size() + HOOK_BYTES for v in values), default=0)
 
 
 def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> int | None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import BackwardError, PlanMismatch
-from graphplan.graph import Output, Primal
+from graphplan.graph import Graph, Output, Primal
 from graphplan.release import take, unheld
 from graphplan.rewrite import Rewritten
 from graphplan.state import Find
@@ -38,13 +38,14 @@ class Step:
     rewritten: Rewritten
     tangents: tuple[Tensor | None, ...]  # for each forward output, as traced: no memory
     released: tuple[bool, ...]  # for each forward output: whether the plan counts on its gradient's memory
+    reached: tuple[frozenset[int], ...]  # for each primal: the forward outputs whose gradients its own is made of
 
     @staticmethod
     def of(capture: Capture, rewritten: Rewritten, released: frozenset[str] = frozenset()) -> Step:
         """Return the step of a capture and its rewrite, which frees the `released` tangents at their last use."""
         nodes, tangents = capture.graph.nodes, capture.graph.tangents
         traced = tuple(None if t is None else nodes[t].meta["val"] for t in tangents)
-        return Step(capture, rewritten, traced, tuple(t in released for t in tangents))
+        return Step(capture, rewritten, traced, tuple(t in released for t in tangents), reached(capture.graph))
 
     def key(self, number: int) -> tuple[int, ...]:
         """Return what the forward half takes beside the primals: for lossy encodes, the key of step `number`."""
@@ -85,6 +86,7 @@ class _Planned(torch.autograd.Function):
                 "a planned step has no second derivative: backward(create_graph=True) needs the plain model"
             )
         alone = unheld(gradients) if any(ctx.step.released) else []
+        unread = {i for i, g in enumerate(gradients) if g is None}
         arguments, held = _take_saved(ctx), []
         for i, traced in enumerate(ctx.step.tangents):
             gradient, release = gradients[i], ctx.step.released[i]
@@ -100,7 +102,28 @@ class _Planned(torch.autograd.Function):
             arguments.append(like_traced(gradient, traced.stride()))
             del gradient
         with torch._C._DisableAutocast():
-            return (None, None, None, *ctx.step.rewritten.backward(arguments))
+            results = ctx.step.rewritten.backward(arguments)
+        return (None, None, None, *_of_what_was_read(results, ctx.step.reached, unread))
+
+
+def reached(graph: Graph) -> tuple[frozenset[int], ...]:
+    """Return for each primal the forward outputs whose gradients its own is made of; none without one."""
+    found: dict[fx.Node, frozenset[int]] = {}
+    own = {t: frozenset([i]) for i, t in enumerate(graph.tangents) if t is not None}
+    for node in graph.module.graph.nodes:
+        found[node] = own.get(node.name, frozenset().union(*(found[n] for n in node.all_input_nodes)))
+    nodes = graph.nodes
+    return tuple(frozenset() if g is None else found[nodes[g]] for g in graph.gradients)
+
+
+def _of_what_was_read(
+    results: Sequence[Tensor | None], reached: Sequence[frozenset[int]], unread: set[int]
+) -> list[Tensor | None]:
+    """Return None, as autograd does, for gradients of nothing but outputs that the loss did not read.
+
+    An optimizer leaves such a parameter alone; one whose gradient is zero it decays, and moves by its momentum.
+    """
+    return [None if of and of <= unread else g for g, of in zip(results, reached, strict=True)]
 
 
 def _warn_of(held: Tensor) -> None:

@@ -46,7 +46,8 @@ class ModelState:
     def read(self, *owners: Any) -> Key:
         """Return what of the modules among `owners`, and of torch, a plan depends on: kernels' scratch does on threads.
 
-        Of every module its kind and mode; of torch's own also their numbers, as a dropout's `p` (others' may count).
+        Of every module its kind, mode and hooks; of torch's own also their numbers, as a dropout's `p` (others' may
+        count).
         """
         modules = [m for owner in owners if isinstance(owner, nn.Module) for m in _modules(owner)]
         if [id(m) for m in modules] != [id(m) for m in self._modules]:  # a module may have an == of its own
@@ -67,8 +68,10 @@ class ModelState:
         parameters = tuple([(p.shape, p.dtype, p.device, p.requires_grad) for p in own])
         kinds = tuple([type(m) for m in modules]), tuple([m.training for m in modules])
         numbers = tuple([read(m.__dict__) for read, m in zip(self._read, modules, strict=False)])
+        # Hooks have numbers of their own in a process.
+        hooks = tuple([(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in modules])
         autocast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-        return (parameters, kinds, numbers, autocast, torch.get_num_threads())
+        return (parameters, kinds, numbers, hooks, autocast, torch.get_num_threads())
 
 
 def lookup(model: nn.Module) -> Find:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from random import Random
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from solvers.problem import Kind, Op, OpId, Problem, Schedule, ValueId
 from solvers.roundings import round_any
 from solvers.search import Search
 from solvers.simulate import Usage, simulate, take_overs
-from solvers.spare import spare
+from solvers.spare import repeats, spare
 from solvers.units import Units, build_units
 
 TURNS = 6  # steps at which a schedule is turned, the highest peaks first, before it counts as as low as can be
@@ -36,6 +37,8 @@ HALVINGS = 6  # of the range of budgets from whose best plans of one recompute o
 THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
 TARGETS = (0.25, 0.5)  # of the way from the floor to the least peak so far: budgets of linear programs
 LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs; rows that each adds for every rounding
+SEVERAL = (3, 6, 12, 24, 48)  # neighbouring repeats that are left out at once
+LEFT_OUT = 0.5  # of them, every other time
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
 
 
@@ -183,9 +186,36 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
         if found not in seen and search.offer(found).peak_bytes <= budget:
             search.offer(spare(search, found))
         seen.update((start, found))
-        cost = search.cost_ns
-        if cost is not None and cost - search.any_bound_ns <= search.limits.gap * cost:
+        if _close(search):
             return
+    _renew(search)
+
+
+def _close(search: Search) -> bool:
+    cost = search.cost_ns
+    return cost is not None and cost - search.any_bound_ns <= search.limits.gap * cost
+
+
+def _renew(search: Search) -> None:
+    """Leave out some neighbouring repeats of the best plan and bring what is left down to the budget again.
+
+    Large neighbourhood search (Shaw 1998), until as many tries in a row as there are repeats gained nothing.
+    """
+    problem, random, misses = search.problem, Random(search.limits.seed), 0
+    best = search.schedule
+    repeated = [] if best is None else repeats(problem, best)
+    while best is not None and misses < len(repeated) and search.left() > 0 and not _close(search):
+        several = random.choice(SEVERAL)
+        first = random.randrange(max(1, len(repeated) - several + 1))
+        share = random.choice((LEFT_OUT, 1.0))
+        gone = {t for t in repeated[first : first + several] if random.random() < share}
+        found = _fit(search, problem, tuple(o for t, o in enumerate(best) if t not in gone), problem.budget_bytes)
+        if simulate(problem, found).peak_bytes <= problem.budget_bytes:
+            search.offer(spare(search, found))
+        misses += 1
+        if search.schedule is not None and search.schedule != best:
+            best, misses = search.schedule, 0
+            repeated = repeats(problem, best)
 
 
 def _polished(search: Search, units: Units, low: Low) -> Iterator[Schedule]:

@@ -49,11 +49,16 @@ def spare(search: Search, schedule: Schedule) -> Schedule:
     return schedule
 
 
+def repeats(problem: Problem, schedule: Schedule) -> list[int]:
+    """Return the steps that write again what is written already: without any of them it is a schedule still."""
+    return _repeated(problem, schedule, _versions(problem, schedule))
+
+
 def _needless(problem: Problem, schedule: Schedule) -> set[int]:
     """Return repeated steps that may all be left out."""
     level = np.array(simulate(problem, schedule).bytes_at, np.int64)
     written = _versions(problem, schedule)
-    repeated = [t for t, o in enumerate(schedule) if _repeats(problem, o, written[t])]
+    repeated = _repeated(problem, schedule, written)
     gone = set()
     for t in sorted(repeated, key=lambda t: (-problem.ops[schedule[t]].cost_ns, t)):
         if _extend(problem, level, written[t]):
@@ -61,8 +66,11 @@ def _needless(problem: Problem, schedule: Schedule) -> set[int]:
     return gone
 
 
-def _repeats(problem: Problem, o: OpId, versions: dict[ValueId, _Version]) -> bool:
-    return problem.ops[o].repeatable and bool(versions) and all(v.before is not None for v in versions.values())
+def _repeated(problem: Problem, schedule: Schedule, written: list[dict[ValueId, _Version]]) -> list[int]:
+    def again(o: OpId, versions: dict[ValueId, _Version]) -> bool:
+        return problem.ops[o].repeatable and bool(versions) and all(v.before is not None for v in versions.values())
+
+    return [t for t, o in enumerate(schedule) if again(o, written[t])]
 
 
 def _extend(problem: Problem, level: Int64, versions: dict[ValueId, _Version]) -> bool:

@@ -242,3 +242,19 @@ def test_a_compilation_between_steps_changes_no_peak() -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", COMPILED_BETWEEN]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_a_hook_makes_of_a_gradient_is_within_the_budget() -> None:
+    """Beside the gradient that it gets; the largest counts, since hooks of two parameters do not run at once."""
+
+    def squares(y: Tensor) -> Tensor:
+        return y.square().mean()
+
+    model, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)), torch.randn(16, 256)
+    without = graphplan.optimize(model, "100%", x, loss_fn=squares, time_limit=2).plan
+    for layer in (model[0], model[2]):
+        layer.weight.register_hook(lambda gradient: 5 * gradient)
+    planned = graphplan.optimize(model, "100%", x, loss_fn=squares, time_limit=2)
+    measured = graphplan.measure(planned, x, squares, runs=1).peak_bytes
+    assert measured <= planned.plan.peak_bytes <= 1.01 * measured
+    assert planned.plan.peak_bytes > without.peak_bytes

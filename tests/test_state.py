@@ -29,6 +29,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "module replaced": lambda m: put(m, 0, nn.Linear(8, 16, bias=False)),
     "inner module replaced": lambda m: put(m[3], 0, nn.Tanh()),
     "module gone": lambda m: m.pop(2),
+    "forward hook": lambda m: m[2].register_forward_hook(lambda module, inputs, output: 2 * output),
     "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m[0]),
 }
 
