@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def test_a_refusal_that_does_not_name_memory_is_said_to_be_one() -> None:
     with Cap(1 << 40) as cap:
         raise RuntimeError("could not create a primitive")
     assert cap.refusal == "RuntimeError: could not create a primitive (oneDNN was given no memory)"
+
+
+FRAGMENTED = """
+import torch
+from graphplan.cap import Cap, tune_malloc
+tune_malloc()
+some = [torch.empty(12_000) for _ in range(4000)]  # 192 MB in blocks of the heap
+kept = some[::50]
+del some  # nearly all of it is free, and none can go back to the system
+for allowance in (60_000_000, 130_000_000):
+    with Cap(allowance) as cap:
+        asked = [torch.empty(12_000) for _ in range(2000)]  # 96 MB
+    print(cap.refusal is None)
+    asked = []
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits anonymous memory by RLIMIT_DATA")
+def test_what_is_free_in_the_heap_is_no_memory_beyond_the_cap() -> None:
+    done = subprocess.run([sys.executable, "-c", FRAGMENTED], capture_output=True, text=True, check=True, timeout=200)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_what_counts_as_refused_memory() -> None:
