@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import linecache
 import logging
 import threading
-import traceback
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +22,9 @@ from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
 from graphplan.passes import Extend, recurrent_layers_that_train
+from graphplan.places import user_line
 from graphplan.tree import Template
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+from graphplan.watch import TraceAgain, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,7 @@ def capture(
             f"{type(model).__name__} has no trainable parameter (requires_grad) and no input that requires grad: "
             "there is nothing to train"
         )
-    flat = _Flat(model, template)
+    flat = _Flat(model, template, "" if inner is None else "model.")
     # Tracing must not draw from the user's RNG stream.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _restored(model), recurrent_layers_that_train():
         traced, joint = _climb(flat, tensors)
@@ -92,22 +88,26 @@ def capture(
 class _Record:
     """Where a traced call leaves the structure of what it returned (torch.export puts module attributes back)."""
 
-    returned: Template | None = None
+    def __init__(self) -> None:
+        self.returned: Template | None = None
+        self.rebound: set[str] = set()  # the buffers that the forward gives other tensors
 
 
 class _Flat(nn.Module):
     """The model as a function of tensors to tensors."""
 
-    def __init__(self, model: nn.Module, template: Template) -> None:
+    def __init__(self, model: nn.Module, template: Template, prefix: str) -> None:
         super().__init__()
         self.model = model
+        self.prefix = prefix
         self.template = template
         self.record = _Record()
         self.training = model.training
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.template.fill(tensors)
-        self.record.returned, leaves = Template.of(self.model(*args, **kwargs))
+        watch = Watch(self.model, self.record.rebound, self.prefix)
+        self.record.returned, leaves = Template.of(watch.call(*args, **kwargs))
         return tuple(leaves)
 
 
@@ -116,6 +116,8 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
     try:
         with _unlogged(), _restored(flat.model):
             return flat, _joint(flat, tensors)
+    except TraceAgain:
+        return _climb(flat, tensors)
     except GraphplanError:
         raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
@@ -124,7 +126,9 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
-        except UnsupportedModel:
+        except TraceAgain:
+            return _climb(flat, tensors)
+        except GraphplanError:
             raise
         except Exception as second:
             raise _explain(flat.model, first, second) from second
@@ -224,7 +228,7 @@ _DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "D
 def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
     """Say what failed, at which line of the model, and what would help."""
     # The second rung gets further: its line is the one to change.
-    place = _user_line(second) or _user_line(first)
+    place = user_line(second) or user_line(first)
     if _PLAIN_TENSOR in str(first):  # what the second rung is for
         first = second
     lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
@@ -251,15 +255,3 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
 def _headline(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _user_line(error: BaseException) -> str | None:
-    """Return the innermost traceback line that belongs neither to torch nor to graphplan."""
-    found = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((_TORCH, _HERE, "<")):
-            found = frame
-    if found is None:
-        return None
-    source = linecache.getline(found.filename, found.lineno or 0).strip()
-    return f"{found.filename}:{found.lineno} in {found.name}: {source}"
