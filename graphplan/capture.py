@@ -22,8 +22,8 @@ from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
 from graphplan.passes import Extend, recurrent_layers_that_train
-from graphplan.places import user_line
-from graphplan.tree import Template
+from graphplan.places import layer_of, user_line
+from graphplan.tree import Template, path_to
 from graphplan.watch import TraceAgain, Watch
 
 
@@ -47,7 +47,11 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Templa
 
 def call_key(template: Template, tensors: Sequence[Tensor]) -> Hashable:
     """Return what two calls must share to be served by one captured graph."""
-    return (template.key(), tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors))
+    return (template.key(), tuple((t.shape, _layout(t), t.dtype, t.device, t.requires_grad) for t in tensors))
+
+
+def _layout(t: Tensor) -> Hashable:
+    return t.stride() if t.layout is torch.strided else t.layout
 
 
 def capture(
@@ -69,6 +73,7 @@ def capture(
     """
     check_model(model)
     template, tensors = flatten_call(args, kwargs or {})
+    _check_call(model, tensors)
     if not any(t.requires_grad for t in (*model.parameters(), *tensors)):
         raise UnsupportedModel(
             f"{type(model).__name__} has no trainable parameter (requires_grad) and no input that requires grad: "
@@ -104,10 +109,22 @@ class _Flat(nn.Module):
         self.record = _Record()
         self.training = model.training
 
+    @property
+    def planned(self) -> nn.Module:
+        """The model without the loss around it."""
+        return self.model.get_submodule(self.prefix.removesuffix("."))
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.template.fill(tensors)
         watch = Watch(self.model, self.record.rebound, self.prefix)
-        self.record.returned, leaves = Template.of(watch.call(*args, **kwargs))
+        outputs = watch.call(*args, **kwargs)
+        number = path_to(outputs, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if number is not None:
+            raise CaptureError(
+                f"the model returns a number that depends on a tensor's values (outputs{number}): return the tensor, "
+                "and call .item() on it outside the model"
+            )
+        self.record.returned, leaves = Template.of(outputs)
         return tuple(leaves)
 
 
@@ -122,7 +139,7 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
         raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
-            with _unlogged(), _unprinted(), _own_backwards_refused():
+            with _unlogged(), _unprinted(), _own_backwards_refused(first):
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
@@ -131,7 +148,7 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
         except GraphplanError:
             raise
         except Exception as second:
-            raise _explain(flat.model, first, second) from second
+            raise _explain(flat.planned, first, second) from second
 
 
 @contextlib.contextmanager
@@ -169,8 +186,10 @@ def _unprinted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_backwards_refused() -> Iterator[None]:
+def _own_backwards_refused(first: Exception) -> Iterator[None]:
     """Refuse a torch.autograd.Function: torch.export keeps its forward and forgets its backward.
+
+    `first` is why the model was not captured without torch.export.
 
     But those that torch.library makes: a custom op stays one op, and its registered backward with it.
 
@@ -183,8 +202,8 @@ def _own_backwards_refused() -> Iterator[None]:
         if threading.get_ident() != here or cls.__module__ == _CUSTOM_OPS:  # another thread's training goes on
             return own.__get__(None, cls)(*args, **kwargs)
         raise UnsupportedModel(
-            f"the model calls {cls.__name__}, a torch.autograd.Function, and holds tensors that are neither parameters "
-            "nor buffers (or changes its attributes): its backward would be lost; register the tensors as buffers"
+            f"the model calls {cls.__name__}, a torch.autograd.Function, whose backward torch.export would lose: "
+            f"{_without_export(cls, first)}\n  without torch.export: {_headline(first)}"
         )
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -192,6 +211,15 @@ def _own_backwards_refused() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
+
+
+def _without_export(function: type, first: Exception) -> str:
+    """Return what would make a model with this Function need no torch.export."""
+    if function.__module__ == "torch.utils.checkpoint":
+        return "call checkpoint with use_reentrant=False"
+    if _PLAIN_TENSOR in str(first):
+        return "register the tensors that the model holds beside its parameters and buffers as buffers"
+    return "do without what fails there, or make the Function a custom op (torch.library.custom_op)"
 
 
 def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
@@ -208,15 +236,34 @@ def _register_plain_tensors(module: nn.Module) -> None:
                 sub.register_buffer(name, value, persistent=False)
 
 
+def _check_call(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedModel("nothing can be trained under torch.inference_mode: leave it before planning a step")
+    for i, t in enumerate(tensors):
+        _check_dense(f"input {i}", t)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise UnsupportedModel(f"module {name!r} has sparse gradients; only dense ones are planned: sparse=False")
+
+
 def check_model(model: nn.Module) -> None:
-    """Raise UnsupportedModel for what could never be planned, naming the parameter."""
+    """Raise UnsupportedModel for what could never be planned, naming the module, parameter or buffer."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"module {name!r} is scripted, and no trace sees into it: plan what it was made of")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name!r} is not initialised yet: call the model once before planning")
-        if p.layout is not torch.strided:
-            raise UnsupportedModel(f"parameter {name!r} is sparse ({p.layout}); only dense parameters are planned")
+        _check_dense(f"parameter {name!r}", p)
+    for name, b in model.named_buffers():
+        _check_dense(f"buffer {name!r}", b)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModel(f"{name} is sparse ({tensor.layout}); only dense tensors are planned: use to_dense()")
 
 
 _CUSTOM_OPS = "torch._library.autograd"  # where the Function of a custom op is made
@@ -234,6 +281,9 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
     lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
     if place is not None:
         lines.append(f"  at {place}")
+    layer = layer_of(second, model) or layer_of(first, model)
+    if layer is not None:
+        lines.append(f"  in layer {layer}")
     words = f"{_headline(first)} {first} {second}"
     if "forward() " in words and "argument" in words:
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")

@@ -20,9 +20,9 @@ def user_line(error: BaseException) -> str | None:
 
 
 def present_line() -> str:
-    """Return the innermost line of that kind that is running now, after " at "; nothing where there is none."""
+    """Return the innermost line of that kind that is running now, as the end of a message, if there is one."""
     line = _innermost(traceback.extract_stack())
-    return "" if line is None else f" at {line}"
+    return "" if line is None else f"\n  at {line}"
 
 
 def layer_of(error: BaseException, model: nn.Module) -> str | None:

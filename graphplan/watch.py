@@ -1,7 +1,7 @@
 """watch: what a forward does to its model beside computing outputs, made visible to the trace or refused.
 
 A trace sees ops. It does not see `self.mean = new`, which gives a buffer another tensor, nor `x.data = new`, which
-gives a tensor other contents.
+gives a tensor other contents. Tensors that the model does not register are constants to it, trained or not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Watch:
             CaptureError: it does what can neither be planned nor dropped.
             TraceAgain: `rebound` has become larger.
         """
-        with _Data(self):
+        with _Mode(self):
             outputs = self._model(*args, **kwargs)
         self._check_names()
         changed = [b for b in self._buffers if b.own.get(b.name) is not b.given]
@@ -147,8 +147,8 @@ class Watch:
         return None
 
 
-class _Data(TorchFunctionMode):
-    """Writes the contents that `x.data = new` gives a parameter or a buffer in place."""
+class _Mode(TorchFunctionMode):
+    """Writes the contents that `x.data = new` gives a parameter or a buffer in place; refuses hidden parameters."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -165,7 +165,20 @@ class _Data(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in (_GET_DATA, torch.Tensor.detach):
             self._aliases[id(result)] = (result, args[0])
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(result)):
+            self._check_reached(t for t in _tensors((*args, *(kwargs or {}).values())) if t.requires_grad)
         return result
+
+    def _check_reached(self, tensors: Iterator[Tensor]) -> None:
+        """Refuse a trainable tensor that is none of the trace's: it would be a constant, and get no gradient."""
+        for t in tensors:
+            if type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t):
+                continue
+            raise CaptureError(  # no UnsupportedModel, which is a TypeError: operators take those for themselves
+                f"the forward reaches a tensor that requires grad ({_shown(t)}) past the model's parameters, and it "
+                "would get no gradient: read it as the attribute of a module that registers it (register_parameter, "
+                f"nn.ParameterList, nn.ModuleList), make views of it in the forward, or detach it{present_line()}"
+            )
 
     def _set(self, tensor: Tensor, value: Tensor) -> None:
         path = self._watch.path_of(tensor)
@@ -185,11 +198,19 @@ class _Data(TorchFunctionMode):
             with torch.no_grad():
                 tensor.copy_(value)
             return
-        raise CaptureError(f"the forward assigns .data {what}{present_line()}: no trace sees that; {advice}")
+        raise CaptureError(f"the forward assigns .data {what}: no trace sees that; {advice}{present_line()}")
 
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
