@@ -179,13 +179,21 @@ class _Marked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, alone: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.alone = alone
-        ctx.mark_non_differentiable(*(t for t in tensors if not t.requires_grad))
-        return tuple(t.view_as(t) for t in tensors)
+        ctx.shapes = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors]
+        outputs = tuple(t.view_as(t) for t in tensors)
+        ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tensors, strict=True) if not t.requires_grad))
+        ctx.set_materialize_grads(False)  # else autograd makes zeros also for outputs that have no gradient
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        alone = unheld(gradients)
+        # What has no gradient is held by nobody; where it is trained, the step makes zeros.
+        ctx.alone[:] = [own or g is None for own, g in zip(alone, gradients, strict=True)]
+        unread = [s for s, g in zip(ctx.shapes, gradients, strict=True) if g is None and s is not None]
+        zeros = [torch.zeros(size, dtype=dtype, device=device) for size, dtype, device in unread]
         torch.empty(_MARKER_BYTES, dtype=torch.uint8)
-        ctx.alone[:] = unheld(gradients)
+        del zeros
         return (None,) * (1 + len(gradients))
 
 
@@ -207,9 +215,17 @@ def _made_outputs(captured: Capture) -> list[Tensor]:
         like = nodes[name].meta["val"]
         size, stride = (o.view[0], o.view[1]) if o.view else (like.shape, like.stride())
         t = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-        t = t.uniform_(0.1, 0.9) if like.dtype.is_floating_point else t.zero_()
-        made.append(t.requires_grad_(like.dtype.is_floating_point))
+        trained = not o.detached and (like.dtype.is_floating_point or like.dtype.is_complex)
+        made.append(_filled(t).requires_grad_(trained))
     return made
+
+
+def _filled(t: Tensor) -> Tensor:
+    """Fill `t` through its storage: elements of an expanded tensor share memory, and refuse to be written."""
+    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,))
+    whole = torch.view_as_real(whole) if whole.is_complex() else whole
+    whole.uniform_(0.1, 0.9) if whole.is_floating_point() else whole.zero_()
+    return t
 
 
 def with_targets(loss_fn: Callable[..., Tensor], targets: Any) -> Callable[[Any], Tensor]:
