@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
+from graphplan.graph import Output
 from graphplan.meter import Meter, Reading, peak_of
 from graphplan.release import unheld
+from graphplan.runtime import output_of
 from graphplan.tree import Template, arguments
 from graphplan.whole import WholeStep
 
@@ -147,11 +149,13 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
         LossFails: the loss fails on outputs of the captured shapes; its own error is the cause.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        made, alone = _made_outputs(captured), list[bool]()
+        (made, views), alone = _made_outputs(captured), list[bool]()
         device = made[0].device if made else torch.device("cpu")
 
         def run() -> Any:
-            outputs = captured.outputs.fill(_Marked.apply(alone, *made))  # type: ignore[no-untyped-call]
+            fresh = _Marked.apply(alone, *made)  # type: ignore[no-untyped-call]
+            outputs = captured.outputs.fill([output_of(o, fresh, ()) for o in views])
+            del fresh
             loss = with_targets(loss_fn, targets)(outputs)
             loss.backward()  # type: ignore[no-untyped-call]
             return outputs, loss
@@ -165,11 +169,7 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
                 f"loss_fn(outputs{', example_targets' if targets is not None else ''}) and must return a scalar"
             ) from e
     handed_back = sum(t.numel() * t.element_size() for t in made if t.requires_grad)
-    outputs = [
-        (o.index, i < len(alone) and alone[i]) for i, o in enumerate(captured.graph.outputs) if o.source == "forward"
-    ]
-    held = {index for index, free in outputs if not free}
-    released = frozenset(index for index, _ in outputs if index not in held)
+    released = frozenset(i for i, free in enumerate(alone[: len(captured.graph.forward_outputs)]) if free)
     return replace(_read_loss(reading, handed_back), released=released)
 
 
@@ -206,26 +206,31 @@ def _read_loss(reading: Reading, handed_back: int) -> LossMemory:
     return LossMemory(reading.peak_bytes, SCALARS_BYTES)
 
 
-def _made_outputs(captured: Capture) -> list[Tensor]:
-    graph = captured.graph
-    nodes = graph.nodes
-    made = []
+def _made_outputs(captured: Capture) -> tuple[list[Tensor], list[Output]]:
+    """Return made-up results of the forward half (and inputs that are returned), and how outputs are made of them.
+
+    As in the step: the gradients of views of one result are made into one of that result.
+    """
+    graph, nodes = captured.graph, captured.graph.nodes
+    wanted = dict(zip(graph.forward_outputs, (t is not None for t in graph.tangents), strict=True))
+    place = {name: i for i, name in enumerate(wanted)}
+    views = []
     for o in graph.outputs:
         name = graph.forward_outputs[o.index] if o.source == "forward" else graph.primals[o.index].node
-        like = nodes[name].meta["val"]
-        size, stride = (o.view[0], o.view[1]) if o.view else (like.shape, like.stride())
-        t = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-        trained = not o.detached and (like.dtype.is_floating_point or like.dtype.is_complex)
-        made.append(_filled(t).requires_grad_(trained))
-    return made
+        place.setdefault(name, len(place))
+        if o.source == "primal":
+            wanted[name] = wanted.get(name, False) or not o.detached
+        views.append(replace(o, source="forward", index=place[name]))
+    return [_made(nodes[name].meta["val"]).requires_grad_(trained) for name, trained in wanted.items()], views
 
 
-def _filled(t: Tensor) -> Tensor:
-    """Fill `t` through its storage: elements of an expanded tensor share memory, and refuse to be written."""
-    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,))
+def _made(like: Tensor) -> Tensor:
+    """Return a tensor like `like`, filled through its storage: one that is expanded refuses to be written."""
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    whole = made.as_strided((made.untyped_storage().nbytes() // made.element_size(),), (1,))
     whole = torch.view_as_real(whole) if whole.is_complex() else whole
     whole.uniform_(0.1, 0.9) if whole.is_floating_point() else whole.zero_()
-    return t
+    return made
 
 
 def with_targets(loss_fn: Callable[..., Tensor], targets: Any) -> Callable[[Any], Tensor]:
