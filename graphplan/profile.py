@@ -72,7 +72,7 @@ def _add_up(
     for i, beyond in extra.items():
         item, own = instructions.items[i], _key(probes[i])
         assert item.op is not None
-        op = _key(probes[item.op if item.op < instructions.turn else item.op + 1])
+        op = _key(probes[instructions.place(item.op)])
         parts = [device.samples.get(k) for k in (own, op, beyond.key)]
         if all(parts):
             whole, alone, more = (p for p in parts if p is not None)
@@ -92,7 +92,7 @@ def _sample(
         return device.samples[probe.key]
     if item.op is None or item.kind == "op":
         return device.estimate(probe.target, probe.touched_bytes)
-    own = item.op if item.op < instructions.turn else item.op + 1
+    own = instructions.place(item.op)
     op, reads = _sample(graph, instructions, device, probes, own), instructions.items[own].reads
     made = sum(graph.storages[s].nbytes for s in reads if s not in item.reads)
     more = device.estimate("decode", made).cost_ns if made else 0
@@ -168,7 +168,7 @@ class _Isolated:
 
 
 def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe | None:
-    if item.kind in ("turn", "end"):
+    if item.kind in ("buffers", "turn", "end"):
         return None
     out = _isolated(instructions, item)
     # An op of ATen's holds no more in place. What a codec's function holds there, the Problem must have room for.
