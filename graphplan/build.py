@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def _line(node: fx.Node) -> str:
 
 
 def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Node], name: str) -> Graph:
-    storages_of, sizes = _find_storages(module)
+    storages_of, sizes = _find_storages(module, interface.tangents)
     ops = _make_ops(module.graph, storages_of, interface, backward)
     storages = _name_storages(module.graph, interface, ops, storages_of, sizes)
     return Graph(
@@ -90,7 +90,9 @@ def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Nod
     )
 
 
-def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], list[int]]:
+def _find_storages(
+    module: fx.GraphModule, tangents: Container[fx.Node | None]
+) -> tuple[dict[str, tuple[int, ...]], list[int]]:
     """Return the storages behind every node's value and the size of each.
 
     Views are found by shared fake storage, and by the alias annotations of the op's schema.
@@ -106,6 +108,12 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
         aliased = aliased_input(node)
         if aliased is not None:
             of[node.name] = of[aliased.name]
+            continue
+        if node in tangents:
+            # Parts of one tensor are traced as views of one; autograd hands over a dense gradient for each.
+            (t,) = tensors_of(node)
+            of[node.name] = (len(sizes),)
+            sizes.append(t.numel() * t.element_size())
             continue
         found = []
         for i, t in enumerate(tensors_of(node)):

@@ -117,7 +117,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.template.fill(tensors)
         watch = Watch(self.model, self.record.rebound, self.prefix)
-        outputs = watch.call(*args, **kwargs)
+        outputs = watch.call(tensors, *args, **kwargs)
         number = path_to(outputs, (torch.SymInt, torch.SymFloat, torch.SymBool))
         if number is not None:
             raise CaptureError(

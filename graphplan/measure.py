@@ -19,7 +19,7 @@ from graphplan.errors import GraphplanError
 from graphplan.graph import Output
 from graphplan.meter import Meter, Reading, peak_of
 from graphplan.release import unheld
-from graphplan.runtime import output_of
+from graphplan.runtime import is_like_traced, output_of
 from graphplan.tree import Template, arguments
 from graphplan.whole import WholeStep
 
@@ -149,11 +149,13 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
         LossFails: the loss fails on outputs of the captured shapes; its own error is the cause.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        (made, views), alone = _made_outputs(captured), list[bool]()
+        (made, views), alone, copied = _made_outputs(captured), list[bool](), list[int]()
+        nodes, tangents = captured.graph.nodes, captured.graph.tangents
+        strides = [None if t is None else nodes[t].meta["val"].stride() for t in tangents]
         device = made[0].device if made else torch.device("cpu")
 
         def run() -> Any:
-            fresh = _Marked.apply(alone, *made)  # type: ignore[no-untyped-call]
+            fresh = _Marked.apply(alone, copied, strides, *made)  # type: ignore[no-untyped-call]
             outputs = captured.outputs.fill([output_of(o, fresh, ()) for o in views])
             del fresh
             loss = with_targets(loss_fn, targets)(outputs)
@@ -170,15 +172,16 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
             ) from e
     handed_back = sum(t.numel() * t.element_size() for t in made if t.requires_grad)
     released = frozenset(i for i, free in enumerate(alone[: len(captured.graph.forward_outputs)]) if free)
-    return replace(_read_loss(reading, handed_back), released=released)
+    found = _read_loss(reading, handed_back, sum(copied))
+    return replace(found, released=released)
 
 
 class _Marked(torch.autograd.Function):
     """Stands where the model's backward will: sees who holds the loss's gradients, and allocates a marker."""
 
     @staticmethod
-    def forward(ctx: Any, alone: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.alone = alone
+    def forward(ctx: Any, alone: list[bool], copied: list[int], strides: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.alone, ctx.copied, ctx.strides = alone, copied, strides
         ctx.shapes = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors]
         outputs = tuple(t.view_as(t) for t in tensors)
         ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tensors, strict=True) if not t.requires_grad))
@@ -190,18 +193,25 @@ class _Marked(torch.autograd.Function):
         alone = unheld(gradients)
         # What has no gradient is held by nobody; where it is trained, the step makes zeros.
         ctx.alone[:] = [own or g is None for own, g in zip(alone, gradients, strict=True)]
+        # The step copies these into the order that it was traced for, and autograd holds them besides.
+        ctx.copied[:] = [
+            g.numel() * g.element_size()
+            for g, s, own in zip(gradients, ctx.strides, alone, strict=False)  # returned inputs come behind
+            if g is not None and s is not None and not own and not is_like_traced(g, s)
+        ]
         unread = [s for s, g in zip(ctx.shapes, gradients, strict=True) if g is None and s is not None]
         zeros = [torch.zeros(size, dtype=dtype, device=device) for size, dtype, device in unread]
         torch.empty(_MARKER_BYTES, dtype=torch.uint8)
         del zeros
-        return (None,) * (1 + len(gradients))
+        return (None,) * (3 + len(gradients))
 
 
-def _read_loss(reading: Reading, handed_back: int) -> LossMemory:
+def _read_loss(reading: Reading, handed_back: int, copied: int) -> LossMemory:
+    """Return what the loss needs; of what it hands back, the step copies gradients of `copied` bytes."""
     level = peak = 0
     for _, after in reading.timeline:
         if after - level == _MARKER_BYTES:
-            return LossMemory(max(peak, handed_back), max(0, level - handed_back))
+            return LossMemory(max(peak, handed_back), max(0, level - (handed_back - copied)))
         level, peak = after, max(peak, after)
     return LossMemory(reading.peak_bytes, SCALARS_BYTES)
 

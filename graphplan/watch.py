@@ -6,7 +6,7 @@ gives a tensor other contents. Tensors that the model does not register are cons
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,17 +59,22 @@ class Watch:
                 own[name] = tensor.clone()
         return _Buffer(path + name, own, name, tensor, own[name])
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns, its updates written in place.
+    def call(self, inputs: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns, its updates written in place; `inputs` are the tensors among the arguments.
+
+        A buffer that held nothing may be filled with what hangs neither on these nor on what is trained: a table that
+        the plain model makes once is made again in each planned step.
 
         Raises:
             CaptureError: it does what can neither be planned nor dropped.
             TraceAgain: `rebound` has become larger.
         """
-        with _Mode(self):
+        mode = _Mode(self, inputs)
+        with mode:
             outputs = self._model(*args, **kwargs)
-        self._check_names()
+        self._check_names(mode)
         changed = [b for b in self._buffers if b.own.get(b.name) is not b.given]
+        changed = [b for b in changed if b.tensor is not None or mode.hangs(b.own.get(b.name))]
         for buffer in changed:
             self._check(buffer)
         new = {b.path for b in changed} - self._rebound
@@ -89,7 +94,7 @@ class Watch:
         buffer.tensor.copy_(value.detach())
         buffer.own[buffer.name] = buffer.tensor
 
-    def _check_names(self) -> None:
+    def _check_names(self, mode: _Mode) -> None:
         """Refuse a parameter or a buffer that the forward made, removed or, of a parameter, replaced."""
         for path, own, before in self._parameters:
             for name in own.keys() | before.keys():
@@ -100,8 +105,8 @@ class Watch:
                     )
         known = {b.path for b in self._buffers}
         for path, own in self._owners("_buffers"):
-            for name in own:
-                if path + name not in known:
+            for name, value in own.items():
+                if path + name not in known and mode.hangs(value):
                     raise CaptureError(self._unknown(path + name, "registers"))
 
     def _check(self, buffer: _Buffer) -> None:
@@ -137,6 +142,10 @@ class Watch:
         """Return the path as the user knows it."""
         return path.removeprefix(self._prefix)
 
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that require grad."""
+        return [p for _, own in self._owners("_parameters") for p in own.values() if p is not None and p.requires_grad]
+
     def path_of(self, tensor: Tensor) -> str | None:
         """Return where the model registers `tensor` now, None if it does not."""
         for kind in ("_parameters", "_buffers"):
@@ -148,11 +157,15 @@ class Watch:
 
 
 class _Mode(TorchFunctionMode):
-    """Writes the contents that `x.data = new` gives a parameter or a buffer in place; refuses hidden parameters."""
+    """Writes the contents that `x.data = new` gives a parameter or a buffer in place; refuses hidden parameters.
 
-    def __init__(self, watch: Watch) -> None:
+    Follows what hangs on the inputs and on what is trained.
+    """
+
+    def __init__(self, watch: Watch, inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self._watch = watch
+        self._hang = {id(t): t for t in (*inputs, *watch.trained())}
         self._aliases: dict[int, tuple[Tensor, Tensor]] = {}  # the first shares the second's memory
 
     def __torch_function__(
@@ -163,11 +176,18 @@ class _Mode(TorchFunctionMode):
         if func == _GET_DATA and torch.compiler.is_exporting():
             func = torch.Tensor.detach  # torch.export does not see the other
         result = func(*args, **(kwargs or {}))
+        read = args[:1] if func in _OF_THE_FIRST else (*args, *(kwargs or {}).values())
+        if func not in _OF_NONE and any(id(t) in self._hang for t in _tensors(read)):
+            self._hang.update((id(t), t) for t in _tensors(result))
         if func in (_GET_DATA, torch.Tensor.detach):
             self._aliases[id(result)] = (result, args[0])
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(result)):
             self._check_reached(t for t in _tensors((*args, *(kwargs or {}).values())) if t.requires_grad)
         return result
+
+    def hangs(self, value: Any) -> bool:
+        """Return whether `value` is a tensor made of the inputs or of what is trained."""
+        return id(value) in self._hang
 
     def _check_reached(self, tensors: Iterator[Tensor]) -> None:
         """Refuse a trainable tensor that is none of the trace's: it would be a constant, and get no gradient."""
@@ -201,6 +221,14 @@ class _Mode(TorchFunctionMode):
         raise CaptureError(f"the forward assigns .data {what}: no trace sees that; {advice}{present_line()}")
 
 
+# Functions of tensors whose values they do not read, and those that read the first one's alone.
+_OF_NONE = frozenset(
+    [
+        *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
+        *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty),
+    ]
+)
+_OF_THE_FIRST = frozenset([Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as])
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 

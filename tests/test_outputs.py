@@ -116,3 +116,29 @@ def test_the_loss_is_measured_on_outputs_like_the_models(case: str) -> None:
     planned = graphplan.optimize(model, "100%", x, loss_fn=loss_of, time_limit=2)
     peak = graphplan.measure(planned, x, loss_of, runs=1).peak_bytes
     assert 0.99 * planned.plan.peak_bytes <= peak <= planned.plan.peak_bytes
+
+
+PARTS: dict[str, Callable[[Tensor], Any]] = {
+    "halves": lambda h: h.chunk(2, -1),
+    "quarters": lambda h: h.split(8, -1),
+    "unbound": lambda h: h.view(-1, 4, 8).unbind(1),
+    "one part": lambda h: (h[:, :8],),
+    "every other": lambda h: (h[:, ::2],),
+    "turned": lambda h: (h.t(),),
+}
+
+
+@pytest.mark.parametrize("loss", [squares, lambda outputs: sum(t.sum() for t in outputs)])
+@pytest.mark.parametrize("part", PARTS)
+def test_gradients_of_parts_take_the_memory_of_parts(part: str, loss: Callable[[Any], Tensor]) -> None:
+    """They are traced with the strides of the whole: copied into those, each took the memory of the whole."""
+    model, x = Returns(lambda h, x: PARTS[part](h)), torch.randn(64, 32)
+    planned = graphplan.optimize(model, "100%", x, loss_fn=loss, time_limit=2)
+    measured = graphplan.measure(planned, x, loss, runs=1).peak_bytes
+    assert measured <= planned.plan.peak_bytes <= 1.01 * measured
+    loss(model(x)).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    loss(planned(x)).backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)

@@ -111,6 +111,32 @@ def test_other_assignments_are_refused(does: Callable[[Doing, Tensor], object], 
     assert torch.equal(model.mean, torch.ones(8))
 
 
+class Rotary(nn.Module):
+    """Keeps a table that it makes at its first call: of its positions, and of a buffer."""
+
+    def __init__(self, lazily: bool) -> None:
+        super().__init__()
+        self.a, self.lazily = nn.Linear(8, 8), lazily
+        self.register_buffer("frequencies", torch.rand(8))
+        if not lazily:
+            self.register_buffer("table", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(self, "table", None) is None:
+            places = torch.arange(x.shape[0], device=x.device).type_as(x)
+            table = (places[:, None] * self.frequencies + torch.zeros_like(x)).cos()
+            self.register_buffer("table", table, persistent=False)
+        return self.a(x) * self.table
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_table_that_is_made_at_the_first_call(lazily: bool) -> None:
+    model, x = Rotary(lazily), torch.randn(16, 8)
+    planned = graphplan.optimize(model, "100%", x, time_limit=2)
+    assert getattr(model, "table", None) is None
+    assert torch.equal(planned(x), copy.deepcopy(model)(x))
+
+
 class Averaging(nn.Module):
     """A key encoder that follows the query encoder by `.data = ...`, as MoCo's."""
 
