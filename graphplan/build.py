@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from graphplan.errors import CaptureError
+from graphplan.errors import CaptureError, UnsupportedModel
 from graphplan.graph import Graph, GraphOp, Storage, StorageKind, fingerprint_of, target_text, tensors_of
 from graphplan.interface import Interface
 from graphplan.passes import Extend, aliased_input, is_random, normalise, reorder
@@ -25,11 +25,18 @@ def build_graph(
     """Return the Graph of `joint`; `traced` is the module that was exported, with the model under `prefix`.
 
     Raises:
+        UnsupportedModel: there is no gradient, or something is sparse or draws from a torch.Generator.
         CaptureError: the graph has an op in place, or mutates an input in a way that cannot be replayed.
     """
     module = joint.graph_module
     module.graph.set_codegen(fx.graph.CodeGen())
+    _check_values(module.graph)
     interface = Interface(joint, model, traced, prefix)
+    if extend is None and all(g is None for g in interface.gradients):  # an extension says it in its words
+        raise UnsupportedModel(
+            "no output depends on a trainable parameter, or on an input that requires grad: look for detach, no_grad "
+            "and integer outputs in the forward"
+        )
     backward = normalise(module, interface, model, extend)
     graph = _assemble(module, interface, backward, name)
     as_traced = [op.name for op in graph.ops]
@@ -40,8 +47,31 @@ def build_graph(
     return replace(graph, fingerprint=fingerprint, traced=tuple(ids[name] for name in as_traced))
 
 
+def _check_values(graph: fx.Graph) -> None:
+    """Refuse what has no dense memory, and generators: a plan cannot put them back where they were."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(graph.owning_module, str(node.target), None), torch.Generator):
+            raise UnsupportedModel(
+                f"the forward draws random numbers from a torch.Generator{_line(node)}, which cannot be planned: use "
+                "torch.manual_seed outside the model, or pass the numbers as an input"
+            )
+        for t in tensors_of(node):
+            if t.layout is not torch.strided:
+                raise UnsupportedModel(
+                    f"{node.name!r} is a sparse tensor ({t.layout}){_line(node)}; only dense ones are planned: use "
+                    "sparse=False in embeddings, to_dense() elsewhere"
+                )
+
+
+def _line(node: fx.Node) -> str:
+    """Return the last line of the stack that the op was traced at, as " at ...", nothing where none is known."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [line.strip() for line in lines if line.strip().startswith("File ")]
+    return f" at {places[-1]}" if places else ""
+
+
 def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Node], name: str) -> Graph:
-    storages_of, sizes = _find_storages(module)
+    storages_of, sizes = _find_storages(module, interface.tangents)
     ops = _make_ops(module.graph, storages_of, interface, backward)
     storages = _name_storages(module.graph, interface, ops, storages_of, sizes)
     return Graph(
@@ -60,7 +90,9 @@ def _assemble(module: fx.GraphModule, interface: Interface, backward: set[fx.Nod
     )
 
 
-def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], list[int]]:
+def _find_storages(
+    module: fx.GraphModule, tangents: Container[fx.Node | None]
+) -> tuple[dict[str, tuple[int, ...]], list[int]]:
     """Return the storages behind every node's value and the size of each.
 
     Views are found by shared fake storage, and by the alias annotations of the op's schema.
@@ -76,6 +108,12 @@ def _find_storages(module: fx.GraphModule) -> tuple[dict[str, tuple[int, ...]], 
         aliased = aliased_input(node)
         if aliased is not None:
             of[node.name] = of[aliased.name]
+            continue
+        if node in tangents:
+            # Parts of one tensor are traced as views of one; autograd hands over a dense gradient for each.
+            (t,) = tensors_of(node)
+            of[node.name] = (len(sizes),)
+            sizes.append(t.numel() * t.element_size())
             continue
         found = []
         for i, t in enumerate(tensors_of(node)):

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import linecache
 import logging
 import threading
-import traceback
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +22,9 @@ from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
 from graphplan.graph import Graph
 from graphplan.passes import Extend, recurrent_layers_that_train
-from graphplan.tree import Template
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+from graphplan.places import layer_of, user_line
+from graphplan.tree import Template, path_to
+from graphplan.watch import TraceAgain, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,11 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Templa
 
 def call_key(template: Template, tensors: Sequence[Tensor]) -> Hashable:
     """Return what two calls must share to be served by one captured graph."""
-    return (template.key(), tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors))
+    return (template.key(), tuple((t.shape, _layout(t), t.dtype, t.device, t.requires_grad) for t in tensors))
+
+
+def _layout(t: Tensor) -> Hashable:
+    return t.stride() if t.layout is torch.strided else t.layout
 
 
 def capture(
@@ -73,12 +73,13 @@ def capture(
     """
     check_model(model)
     template, tensors = flatten_call(args, kwargs or {})
+    _check_call(model, tensors)
     if not any(t.requires_grad for t in (*model.parameters(), *tensors)):
         raise UnsupportedModel(
             f"{type(model).__name__} has no trainable parameter (requires_grad) and no input that requires grad: "
             "there is nothing to train"
         )
-    flat = _Flat(model, template)
+    flat = _Flat(model, template, "" if inner is None else "model.")
     # Tracing must not draw from the user's RNG stream.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _restored(model), recurrent_layers_that_train():
         traced, joint = _climb(flat, tensors)
@@ -92,22 +93,38 @@ def capture(
 class _Record:
     """Where a traced call leaves the structure of what it returned (torch.export puts module attributes back)."""
 
-    returned: Template | None = None
+    def __init__(self) -> None:
+        self.returned: Template | None = None
+        self.rebound: set[str] = set()  # the buffers that the forward gives other tensors
 
 
 class _Flat(nn.Module):
     """The model as a function of tensors to tensors."""
 
-    def __init__(self, model: nn.Module, template: Template) -> None:
+    def __init__(self, model: nn.Module, template: Template, prefix: str) -> None:
         super().__init__()
         self.model = model
+        self.prefix = prefix
         self.template = template
         self.record = _Record()
         self.training = model.training
 
+    @property
+    def planned(self) -> nn.Module:
+        """The model without the loss around it."""
+        return self.model.get_submodule(self.prefix.removesuffix("."))
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.template.fill(tensors)
-        self.record.returned, leaves = Template.of(self.model(*args, **kwargs))
+        watch = Watch(self.model, self.record.rebound, self.prefix)
+        outputs = watch.call(tensors, *args, **kwargs)
+        number = path_to(outputs, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if number is not None:
+            raise CaptureError(
+                f"the model returns a number that depends on a tensor's values (outputs{number}): return the tensor, "
+                "and call .item() on it outside the model"
+            )
+        self.record.returned, leaves = Template.of(outputs)
         return tuple(leaves)
 
 
@@ -116,18 +133,22 @@ def _climb(flat: _Flat, tensors: list[Tensor]) -> tuple[nn.Module, Any]:
     try:
         with _unlogged(), _restored(flat.model):
             return flat, _joint(flat, tensors)
+    except TraceAgain:
+        return _climb(flat, tensors)
     except GraphplanError:
         raise
     except Exception as first:  # noqa: BLE001  (tracing runs the user's code: any error may come out)
         try:
-            with _unlogged(), _unprinted(), _own_backwards_refused():
+            with _unlogged(), _unprinted(), _own_backwards_refused(first):
                 exported = torch.export.export(flat, tuple(tensors), strict=False).module(check_guards=False)
             _register_plain_tensors(exported)
             return exported, _joint(exported, tensors)
-        except UnsupportedModel:
+        except TraceAgain:
+            return _climb(flat, tensors)
+        except GraphplanError:
             raise
         except Exception as second:
-            raise _explain(flat.model, first, second) from second
+            raise _explain(flat.planned, first, second) from second
 
 
 @contextlib.contextmanager
@@ -165,8 +186,10 @@ def _unprinted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_backwards_refused() -> Iterator[None]:
+def _own_backwards_refused(first: Exception) -> Iterator[None]:
     """Refuse a torch.autograd.Function: torch.export keeps its forward and forgets its backward.
+
+    `first` is why the model was not captured without torch.export.
 
     But those that torch.library makes: a custom op stays one op, and its registered backward with it.
 
@@ -179,8 +202,8 @@ def _own_backwards_refused() -> Iterator[None]:
         if threading.get_ident() != here or cls.__module__ == _CUSTOM_OPS:  # another thread's training goes on
             return own.__get__(None, cls)(*args, **kwargs)
         raise UnsupportedModel(
-            f"the model calls {cls.__name__}, a torch.autograd.Function, and holds tensors that are neither parameters "
-            "nor buffers (or changes its attributes): its backward would be lost; register the tensors as buffers"
+            f"the model calls {cls.__name__}, a torch.autograd.Function, whose backward torch.export would lose: "
+            f"{_without_export(cls, first)}\n  without torch.export: {_headline(first)}"
         )
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -188,6 +211,15 @@ def _own_backwards_refused() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
+
+
+def _without_export(function: type, first: Exception) -> str:
+    """Return what would make a model with this Function need no torch.export."""
+    if function.__module__ == "torch.utils.checkpoint":
+        return "call checkpoint with use_reentrant=False"
+    if _PLAIN_TENSOR in str(first):
+        return "register the tensors that the model holds beside its parameters and buffers as buffers"
+    return "do without what fails there, or make the Function a custom op (torch.library.custom_op)"
 
 
 def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
@@ -204,15 +236,34 @@ def _register_plain_tensors(module: nn.Module) -> None:
                 sub.register_buffer(name, value, persistent=False)
 
 
+def _check_call(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedModel("nothing can be trained under torch.inference_mode: leave it before planning a step")
+    for i, t in enumerate(tensors):
+        _check_dense(f"input {i}", t)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise UnsupportedModel(f"module {name!r} has sparse gradients; only dense ones are planned: sparse=False")
+
+
 def check_model(model: nn.Module) -> None:
-    """Raise UnsupportedModel for what could never be planned, naming the parameter."""
+    """Raise UnsupportedModel for what could never be planned, naming the module, parameter or buffer."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"module {name!r} is scripted, and no trace sees into it: plan what it was made of")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name!r} is not initialised yet: call the model once before planning")
-        if p.layout is not torch.strided:
-            raise UnsupportedModel(f"parameter {name!r} is sparse ({p.layout}); only dense parameters are planned")
+        _check_dense(f"parameter {name!r}", p)
+    for name, b in model.named_buffers():
+        _check_dense(f"buffer {name!r}", b)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise UnsupportedModel(f"{name} is sparse ({tensor.layout}); only dense tensors are planned: use to_dense()")
 
 
 _CUSTOM_OPS = "torch._library.autograd"  # where the Function of a custom op is made
@@ -224,12 +275,15 @@ _DATA = ("data-dependent", "Data-dependent", "_local_scalar_dense", "item()", "D
 def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureError:
     """Say what failed, at which line of the model, and what would help."""
     # The second rung gets further: its line is the one to change.
-    place = _user_line(second) or _user_line(first)
+    place = user_line(second) or user_line(first)
     if _PLAIN_TENSOR in str(first):  # what the second rung is for
         first = second
     lines = [f"cannot capture {type(model).__name__} as one graph: {_headline(first)}"]
     if place is not None:
         lines.append(f"  at {place}")
+    layer = layer_of(second, model) or layer_of(first, model)
+    if layer is not None:
+        lines.append(f"  in layer {layer}")
     words = f"{_headline(first)} {first} {second}"
     if "forward() " in words and "argument" in words:
         lines.append("  example_inputs must be what model(*example_inputs, **example_kwargs) takes")
@@ -251,15 +305,3 @@ def _explain(model: nn.Module, first: Exception, second: Exception) -> CaptureEr
 def _headline(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _user_line(error: BaseException) -> str | None:
-    """Return the innermost traceback line that belongs neither to torch nor to graphplan."""
-    found = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith((_TORCH, _HERE, "<")):
-            found = frame
-    if found is None:
-        return None
-    source = linecache.getline(found.filename, found.lineno or 0).strip()
-    return f"{found.filename}:{found.lineno} in {found.name}: {source}"

@@ -18,6 +18,7 @@ from graphplan.graph import Graph, GraphOp, StorageKind
 from graphplan.in_place import batch_norm_, operands_of
 
 aten = torch.ops.aten
+BUFFERS = "copy_buffers"
 TURN = "turn"
 END = "end"
 Argument = Any
@@ -66,7 +67,7 @@ class Instruction:
     """
 
     name: str
-    kind: str  # "op" | "variant" | "encode" | "decode" | "turn" | "end"
+    kind: str  # "op" | "variant" | "encode" | "decode" | "buffers" | "turn" | "end"
     op: int | None  # the graph op that it runs or stands in for
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -108,7 +109,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """All instructions for one graph. The first `len(graph.ops) + 2` run the program once, in order.
+    """All instructions for one graph. The first `len(program)` run the program once, in order.
 
     `released` are the tangents that are freed at their last use.
     """
@@ -118,6 +119,11 @@ class Instructions:
     program: tuple[int, ...]
     turn: int
     released: frozenset[str] = frozenset()
+
+    def place(self, op: int) -> int:
+        """Return the position in the program of a graph's op: between forward and backward ops stand others."""
+        forward = self.turn - (self.turn > 0 and self.items[self.turn - 1].kind == "buffers")
+        return op if op < forward else op + 1 + self.turn - forward
 
     def by_name(self) -> dict[str, int]:
         """Return the id of each instruction by its name."""
@@ -143,6 +149,8 @@ def instructions_of(graph: Graph, codecs: Sequence[Codec], released: frozenset[s
     """Return every instruction that `graph` offers with `codecs`; `released` tangents need not be held to the end."""
     operands = operands_of(graph)
     items = [_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if not op.backward]
+    if graph.mutations:
+        items.append(_buffers(graph))
     turn = len(items)
     items.append(_turn(graph))
     items.extend(_op_instruction(graph, op, operands.get(op.id)) for op in graph.ops if op.backward)
@@ -193,11 +201,9 @@ def _planned(graph: Graph, storages: Iterable[int]) -> tuple[int, ...]:
     return tuple(s for s in storages if not graph.storages[s].kind.fixed)
 
 
-def _turn(graph: Graph) -> Instruction:
-    """Between forward and backward: outputs go to the caller, buffers take their new values, the loss runs."""
-    results = (*graph.forward_outputs, *(n for _, n in graph.mutations))
-    reads = dict.fromkeys(s for n in results for s in graph.storages_of[n])
-    writes = tuple(s.id for s in graph.storages if s.kind is StorageKind.TANGENT)
+def _buffers(graph: Graph) -> Instruction:
+    """After the forward: buffers take their new values, which are let go of before the loss runs."""
+    reads = dict.fromkeys(s for _, n in graph.mutations for s in graph.storages_of[n])
     nodes = graph.nodes
 
     def emit(out: Emitter) -> None:
@@ -209,7 +215,14 @@ def _turn(graph: Graph) -> Instruction:
                 f"{placeholder.name}__update",
             )
 
-    return Instruction(TURN, "turn", None, _planned(graph, reads), writes, False, emit)
+    return Instruction(BUFFERS, "buffers", None, _planned(graph, reads), (), False, emit)
+
+
+def _turn(graph: Graph) -> Instruction:
+    """Between forward and backward: outputs go to the caller, the loss runs."""
+    reads = dict.fromkeys(s for n in graph.forward_outputs for s in graph.storages_of[n])
+    writes = tuple(s.id for s in graph.storages if s.kind is StorageKind.TANGENT)
+    return Instruction(TURN, "turn", None, _planned(graph, reads), writes, False, lambda out: None)
 
 
 def _end(graph: Graph, released: frozenset[str]) -> Instruction:

@@ -59,7 +59,7 @@ class Interface:
         for node, desc in described:
             if isinstance(desc, InputMutationAOTOutput):
                 if desc in tangent_of:
-                    raise CaptureError(f"the model changes an input that requires grad in place ({desc.mutated_input})")
+                    raise CaptureError(_changed(self.primals[self.by_desc[desc.mutated_input]][0]))
                 self._mutate(self.by_desc[desc.mutated_input], node)
             elif isinstance(desc, PlainAOTOutput):
                 plain.append(node)
@@ -140,6 +140,16 @@ class Interface:
 def _rename(placeholder: fx.Node, name: str) -> None:
     placeholder._rename(name)
     placeholder.target = placeholder.name
+
+
+def _changed(primal: Primal) -> str:
+    """Return why what requires grad must not be changed by the forward."""
+    if primal.kind is StorageKind.INPUT:
+        return f"the forward changes input {primal.index}, which requires grad, in place: change a clone of it"
+    return (
+        f"the forward changes parameter {primal.path!r}, which is trained, in place (a clamp, a renormalisation, the "
+        "max_norm of an Embedding): do it after optimizer.step()"
+    )
 
 
 def _primal(desc: Any, model: nn.Module, traced: nn.Module, prefix: str) -> Primal:

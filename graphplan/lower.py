@@ -41,7 +41,7 @@ def lower(
     codes = {e.id for e in instructions.encoded}
 
     def to_op(i: int, item: Instruction) -> Op:
-        original = None if i < len(instructions.program) else _stands_for(graph, instructions, item)
+        original = None if i < len(instructions.program) else _stands_for(instructions, item)
         alternative = original if not codes.isdisjoint(item.reads) else None
         return Op(
             name=item.name,
@@ -155,11 +155,8 @@ def hooked_bytes(graph: Graph) -> int:
     return max((v.numel() * v.element_size() + HOOK_BYTES for v in values), default=0)
 
 
-def _stands_for(graph: Graph, instructions: Instructions, item: Instruction) -> int | None:
-    if item.op is None:
-        return None
-    # Program position of a graph op: the turn stands between forward and backward ops.
-    return item.op if item.op < instructions.turn else item.op + 1
+def _stands_for(instructions: Instructions, item: Instruction) -> int | None:
+    return None if item.op is None else instructions.place(item.op)
 
 
 def _cost(profile: Profile, i: int, alternative_to: int | None) -> int:

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from graphplan.capture import Capture
 from graphplan.errors import GraphplanError
+from graphplan.graph import Output
 from graphplan.meter import Meter, Reading, peak_of
 from graphplan.release import unheld
+from graphplan.runtime import is_like_traced, output_of
 from graphplan.tree import Template, arguments
 from graphplan.whole import WholeStep
 
@@ -147,11 +149,15 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
         LossFails: the loss fails on outputs of the captured shapes; its own error is the cause.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        made, alone = _made_outputs(captured), list[bool]()
+        (made, views), alone, copied = _made_outputs(captured), list[bool](), list[int]()
+        nodes, tangents = captured.graph.nodes, captured.graph.tangents
+        strides = [None if t is None else nodes[t].meta["val"].stride() for t in tangents]
         device = made[0].device if made else torch.device("cpu")
 
         def run() -> Any:
-            outputs = captured.outputs.fill(_Marked.apply(alone, *made))  # type: ignore[no-untyped-call]
+            fresh = _Marked.apply(alone, copied, strides, *made)  # type: ignore[no-untyped-call]
+            outputs = captured.outputs.fill([output_of(o, fresh, ()) for o in views])
+            del fresh
             loss = with_targets(loss_fn, targets)(outputs)
             loss.backward()  # type: ignore[no-untyped-call]
             return outputs, loss
@@ -165,50 +171,75 @@ def loss_memory(captured: Capture, loss_fn: Callable[..., Tensor], targets: Any)
                 f"loss_fn(outputs{', example_targets' if targets is not None else ''}) and must return a scalar"
             ) from e
     handed_back = sum(t.numel() * t.element_size() for t in made if t.requires_grad)
-    outputs = [
-        (o.index, i < len(alone) and alone[i]) for i, o in enumerate(captured.graph.outputs) if o.source == "forward"
-    ]
-    held = {index for index, free in outputs if not free}
-    released = frozenset(index for index, _ in outputs if index not in held)
-    return replace(_read_loss(reading, handed_back), released=released)
+    released = frozenset(i for i, free in enumerate(alone[: len(captured.graph.forward_outputs)]) if free)
+    found = _read_loss(reading, handed_back, sum(copied))
+    return replace(found, released=released)
 
 
 class _Marked(torch.autograd.Function):
     """Stands where the model's backward will: sees who holds the loss's gradients, and allocates a marker."""
 
     @staticmethod
-    def forward(ctx: Any, alone: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.alone = alone
-        ctx.mark_non_differentiable(*(t for t in tensors if not t.requires_grad))
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx: Any, alone: list[bool], copied: list[int], strides: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.alone, ctx.copied, ctx.strides = alone, copied, strides
+        ctx.shapes = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors]
+        outputs = tuple(t.view_as(t) for t in tensors)
+        ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tensors, strict=True) if not t.requires_grad))
+        ctx.set_materialize_grads(False)  # else autograd makes zeros also for outputs that have no gradient
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        alone = unheld(gradients)
+        # What has no gradient is held by nobody; where it is trained, the step makes zeros.
+        ctx.alone[:] = [own or g is None for own, g in zip(alone, gradients, strict=True)]
+        # The step copies these into the order that it was traced for, and autograd holds them besides.
+        ctx.copied[:] = [
+            g.numel() * g.element_size()
+            for g, s, own in zip(gradients, ctx.strides, alone, strict=False)  # returned inputs come behind
+            if g is not None and s is not None and not own and not is_like_traced(g, s)
+        ]
+        unread = [s for s, g in zip(ctx.shapes, gradients, strict=True) if g is None and s is not None]
+        zeros = [torch.zeros(size, dtype=dtype, device=device) for size, dtype, device in unread]
         torch.empty(_MARKER_BYTES, dtype=torch.uint8)
-        ctx.alone[:] = unheld(gradients)
-        return (None,) * (1 + len(gradients))
+        del zeros
+        return (None,) * (3 + len(gradients))
 
 
-def _read_loss(reading: Reading, handed_back: int) -> LossMemory:
+def _read_loss(reading: Reading, handed_back: int, copied: int) -> LossMemory:
+    """Return what the loss needs; of what it hands back, the step copies gradients of `copied` bytes."""
     level = peak = 0
     for _, after in reading.timeline:
         if after - level == _MARKER_BYTES:
-            return LossMemory(max(peak, handed_back), max(0, level - handed_back))
+            return LossMemory(max(peak, handed_back), max(0, level - (handed_back - copied)))
         level, peak = after, max(peak, after)
     return LossMemory(reading.peak_bytes, SCALARS_BYTES)
 
 
-def _made_outputs(captured: Capture) -> list[Tensor]:
-    graph = captured.graph
-    nodes = graph.nodes
-    made = []
+def _made_outputs(captured: Capture) -> tuple[list[Tensor], list[Output]]:
+    """Return made-up results of the forward half (and inputs that are returned), and how outputs are made of them.
+
+    As in the step: the gradients of views of one result are made into one of that result.
+    """
+    graph, nodes = captured.graph, captured.graph.nodes
+    wanted = dict(zip(graph.forward_outputs, (t is not None for t in graph.tangents), strict=True))
+    place = {name: i for i, name in enumerate(wanted)}
+    views = []
     for o in graph.outputs:
         name = graph.forward_outputs[o.index] if o.source == "forward" else graph.primals[o.index].node
-        like = nodes[name].meta["val"]
-        size, stride = (o.view[0], o.view[1]) if o.view else (like.shape, like.stride())
-        t = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
-        t = t.uniform_(0.1, 0.9) if like.dtype.is_floating_point else t.zero_()
-        made.append(t.requires_grad_(like.dtype.is_floating_point))
+        place.setdefault(name, len(place))
+        if o.source == "primal":
+            wanted[name] = wanted.get(name, False) or not o.detached
+        views.append(replace(o, source="forward", index=place[name]))
+    return [_made(nodes[name].meta["val"]).requires_grad_(trained) for name, trained in wanted.items()], views
+
+
+def _made(like: Tensor) -> Tensor:
+    """Return a tensor like `like`, filled through its storage: one that is expanded refuses to be written."""
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    whole = made.as_strided((made.untyped_storage().nbytes() // made.element_size(),), (1,))
+    whole = torch.view_as_real(whole) if whole.is_complex() else whole
+    whole.uniform_(0.1, 0.9) if whole.is_floating_point() else whole.zero_()
     return made
 
 

@@ -19,6 +19,7 @@ from graphplan.graph import Graph, target_text
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
 from graphplan.passes import made_up
+from graphplan.telling import Values, telling_values, with_values
 
 MIN_RUNS = 3
 MAX_RUNS = 15
@@ -71,7 +72,7 @@ def _add_up(
     for i, beyond in extra.items():
         item, own = instructions.items[i], _key(probes[i])
         assert item.op is not None
-        op = _key(probes[item.op if item.op < instructions.turn else item.op + 1])
+        op = _key(probes[instructions.place(item.op)])
         parts = [device.samples.get(k) for k in (own, op, beyond.key)]
         if all(parts):
             whole, alone, more = (p for p in parts if p is not None)
@@ -91,7 +92,7 @@ def _sample(
         return device.samples[probe.key]
     if item.op is None or item.kind == "op":
         return device.estimate(probe.target, probe.touched_bytes)
-    own = item.op if item.op < instructions.turn else item.op + 1
+    own = instructions.place(item.op)
     op, reads = _sample(graph, instructions, device, probes, own), instructions.items[own].reads
     made = sum(graph.storages[s].nbytes for s in reads if s not in item.reads)
     more = device.estimate("decode", made).cost_ns if made else 0
@@ -167,7 +168,7 @@ class _Isolated:
 
 
 def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe | None:
-    if item.kind in ("turn", "end"):
+    if item.kind in ("buffers", "turn", "end"):
         return None
     out = _isolated(instructions, item)
     # An op of ATen's holds no more in place. What a codec's function holds there, the Problem must have room for.
@@ -232,8 +233,9 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
         with Meter(device) as meter:
             for i, probe in enumerate(probes):
                 for form in (f for f in (probe.module, probe.over) if f is not None):
-                    refused = not _runs(probe, form, meter, device)
-                    ran.append((probe, form is probe.over, refused))
+                    for values in ({}, *telling_values(form)):
+                        refused = not _runs(probe, form, values, meter, device)
+                        ran.append((probe, form is probe.over, refused))
                 if progress:
                     progress("memory of each op", i + 1, total)
         scratch = _scratch(ran, meter.readings)
@@ -260,9 +262,9 @@ def _scratch(ran: Sequence[tuple[_Probe, bool, bool]], readings: Sequence[Readin
     return {key: most for key, most in found.items() if key not in refusing}
 
 
-def _runs(probe: _Probe, form: fx.GraphModule, meter: Meter, device: torch.device) -> bool:
+def _runs(probe: _Probe, form: fx.GraphModule, values: Values, meter: Meter, device: torch.device) -> bool:
     """Run a form of `probe` metered; False where the op refuses made-up values (a factorisation, an index check)."""
-    inputs = [made_up(t, device) for t in probe.inputs]
+    inputs = with_values([made_up(t, device) for t in probe.inputs], values)
     try:
         if not probe.target.endswith(":op"):
             form(*inputs)  # the codecs' functions make small tables when they first run, and keep them

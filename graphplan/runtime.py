@@ -150,10 +150,30 @@ def _take_saved(ctx: Any) -> list[Tensor]:
 
 
 def like_traced(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return `grad` with the strides that the backward was traced for."""
-    if all(a == b for a, b, n in zip(grad.stride(), stride, grad.shape, strict=True) if n > 1):
+    """Return `grad` in the order of the strides that the backward was traced for, without their holes.
+
+    A part of a tensor is traced with the strides of the whole, which would take the memory of the whole. What is dense
+    can be viewed in every way in which that can.
+    """
+    if is_like_traced(grad, stride):
         return grad
-    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+    dense = _dense(grad.shape, stride)
+    return torch.empty_strided(grad.shape, dense, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def is_like_traced(grad: Tensor, stride: tuple[int, ...]) -> bool:
+    """Return whether `grad` itself serves the backward that was traced for these strides."""
+    dense = _dense(grad.shape, stride)
+    return all(a == b for a, b, n in zip(grad.stride(), dense, grad.shape, strict=True) if n > 1)
+
+
+def _dense(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a dense tensor whose dimensions have the same order, outer ones first where strides tie."""
+    strides, step = [0] * len(shape), 1
+    for d in sorted(range(len(shape)), key=lambda d: (stride[d], -d)):
+        strides[d] = step
+        step *= shape[d]
+    return tuple(strides)
 
 
 def bind(primal: Primal, find: Find, tensors: Sequence[Tensor]) -> Tensor:

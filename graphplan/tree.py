@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -73,6 +73,24 @@ class Template:
     def key(self) -> Hashable:
         """Return what two structures must share to be captured once: nesting, slot order, plain values."""
         return _key(self.shape)
+
+
+def path_to(structure: Any, wanted: tuple[type, ...]) -> str | None:
+    """Return where the first object of these types is in nested containers and attributes, None if there is none."""
+    if isinstance(structure, wanted):
+        return ""
+    children: list[tuple[str, Any]] = []
+    if isinstance(structure, Mapping):
+        children = [(f"[{key!r}]", value) for key, value in structure.items()]
+    elif isinstance(structure, list | tuple):
+        children = [(f"[{i}]", value) for i, value in enumerate(structure)]
+    elif is_dataclass(structure):
+        children = [(f".{field.name}", getattr(structure, field.name)) for field in fields(structure)]
+    for name, child in children:
+        found = path_to(child, wanted)
+        if found is not None:
+            return name + found
+    return None
 
 
 def _fill(shape: Any, tensors: Sequence[Any]) -> Any:

@@ -94,7 +94,7 @@ def test_what_may_run_twice(graph: Graph) -> None:
 
 STEPS_OF_ALL_FATES = """
     add convolution _native_batch_norm_legit_functional relu max_pool2d_with_indices getitem_6__narrow relu__mask
-    tanh mean native_dropout getitem_8__mask addmm turn
+    tanh mean native_dropout getitem_8__mask addmm copy_buffers turn
     mm mm_1 sum_1 getitem_8__unpack native_dropout_backward div convolution
     _native_batch_norm_legit_functional__pure relu getitem_6__widen tanh_backward
     max_pool2d_with_indices_backward threshold_backward__from_mask native_batch_norm_backward convolution_backward end
