@@ -59,7 +59,7 @@ class Watch:
                 own[name] = tensor.clone()
         return _Buffer(path + name, own, name, tensor, own[name])
 
-    def call(self, inputs: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: Iterable[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns, its updates written in place; `inputs` are the tensors among the arguments.
 
         A buffer that held nothing may be filled with what hangs neither on these nor on what is trained: a table that

@@ -137,6 +137,20 @@ def test_a_table_that_is_made_at_the_first_call(lazily: bool) -> None:
     assert torch.equal(planned(x), copy.deepcopy(model)(x))
 
 
+def test_an_argument_may_have_any_name() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor, args: Tensor) -> Tensor:
+            return self.a(inputs) * args
+
+    x = torch.randn(4, 8)
+    planned = graphplan.optimize(Net(), "100%", {"inputs": x, "args": x}, time_limit=2)
+    assert planned(inputs=x, args=x).shape == x.shape
+
+
 class Averaging(nn.Module):
     """A key encoder that follows the query encoder by `.data = ...`, as MoCo's."""
 
