@@ -229,8 +229,8 @@ _OF_NONE = frozenset(
     ]
 )
 _OF_THE_FIRST = frozenset([Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as])
-_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_DATA: Any = Tensor.data  # of the class: what reads and writes it
+_GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
