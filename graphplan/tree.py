@@ -7,12 +7,15 @@ keeps one sample of the structure with every tensor replaced by a numbered Slot,
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graphplan.errors import CaptureError
 
 _VALUES = (
     bool,
@@ -60,11 +63,22 @@ class Template:
 
     @staticmethod
     def of(structure: Any) -> tuple[Template, list[Tensor]]:
-        """Return the template of `structure` and its distinct tensors, in order of appearance."""
+        """Return the template of `structure` and its distinct tensors, in order of appearance.
+
+        Raises:
+            CaptureError: it cannot be copied, or not without its tensors.
+        """
         tensors = list(_tensors(structure, set()))
         slots = tuple(Slot(i) for i in range(len(tensors)))
         memo: dict[int, Any] = {id(t): s for t, s in zip(tensors, slots, strict=True)}
-        return Template(copy.deepcopy(structure, memo), slots), tensors
+        try:
+            return Template(copy.deepcopy(structure, memo), slots), tensors
+        except (AttributeError, RuntimeError, TypeError) as e:
+            others = ", ".join(dict.fromkeys(_others(structure)))
+            raise CaptureError(
+                f"the model takes or returns {others}, which cannot be copied with its tensors taken out: pass and "
+                "return tensors in tuples, lists, dicts, dataclasses, or objects that have them as attributes"
+            ) from e
 
     def fill(self, tensors: Sequence[Any]) -> Any:
         """Return a fresh copy of the structure with `tensors` in its slots."""
@@ -73,6 +87,15 @@ class Template:
     def key(self) -> Hashable:
         """Return what two structures must share to be captured once: nesting, slot order, plain values."""
         return _key(self.shape)
+
+
+def _others(node: Any) -> Iterator[str]:
+    """Yield the type of each object in plain containers that is neither a tensor nor a plain value."""
+    if type(node) in (tuple, list, dict):
+        for child in _children(node):
+            yield from _others(child)
+    elif not isinstance(node, (*_VALUES, Tensor)):
+        yield type(node).__name__
 
 
 def path_to(structure: Any, wanted: tuple[type, ...]) -> str | None:
@@ -110,7 +133,7 @@ def _fill(shape: Any, tensors: Sequence[Any]) -> Any:
 def _children(node: Any) -> Iterator[Any]:
     if isinstance(node, dict):
         yield from node.values()
-    elif isinstance(node, list | tuple | set | frozenset):
+    elif isinstance(node, list | tuple | set | frozenset | deque):
         yield from node
     if hasattr(node, "__dict__") and not isinstance(node, type | torch.nn.Module):
         yield from vars(node).values()

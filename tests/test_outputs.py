@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -142,3 +143,19 @@ def test_gradients_of_parts_take_the_memory_of_parts(part: str, loss: Callable[[
     loss(planned(x)).backward()
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
+
+
+def test_a_deque_is_a_container_like_the_others() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> deque[Tensor]:
+            return deque([super().forward(x), x])
+
+    def loss_of(outputs: deque[Tensor]) -> Tensor:
+        return outputs[0].square().sum()
+
+    model, x = Two(64, 64), torch.randn(2, 64)
+    planned = graphplan.optimize(model, "100%", x, loss_fn=loss_of)
+    outputs = planned(x)
+    assert isinstance(outputs, deque)
+    assert outputs[1] is x
+    graphplan.verify(planned, model, x, loss_fn=loss_of)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import graphplan
@@ -135,3 +136,19 @@ def test_a_layer_of_torch_that_asks_for_a_value_is_named() -> None:
         graphplan.train_step(
             model, lambda o: o.mean(), torch.optim.SGD(model.parameters(), 0.1), "100%", X, time_limit=2
         )
+
+
+class Unclear:
+    """Holds a tensor and cannot be copied."""
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __reduce__(self) -> str:
+        raise TypeError("not this one")
+
+
+def test_structures_that_cannot_be_copied_are_named() -> None:
+    packed = pack_padded_sequence(torch.randn(2, 3, 8), [3, 2], batch_first=True)
+    refused(Doing(lambda m, x: m.a(x.data)), "takes or returns PackedSequence", packed, error=graphplan.CaptureError)
+    refused(Doing(lambda m, x: Unclear(m.a(x))), "takes or returns Unclear", error=graphplan.CaptureError)

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import prange
+from numba.extending import intrinsic
 
 from graphplan.functions.native import EQUAL, GREATER, NOT_LESS
 
@@ -31,6 +33,7 @@ F32: Any = np.float32
 BLOCK = 1 << 12
 PART = 1 << 15
 GROUP = 256
+AHEAD, LINE = 2 * GROUP, 16  # elements: what is fetched into the cache before its turn, and one line of that
 _LOW_BITS, _EACH_BIT = U64(0x0101010101010101), U64(0x8040201008040201)
 _GATHER, _SEVEN = U64(0x0102040810204080), U64(0x7F7F7F7F7F7F7F7F)
 _FIRST, _LAST = I32(-0x80000000), I32(0x7FFFFFFF)
@@ -54,6 +57,24 @@ def inner(function: Loop) -> Loop:
 def threaded(function: Loop) -> Loop:
     """Compile a loop for several threads."""
     return _jit(function, parallel=True)
+
+
+def _prefetch_type(_: Any, array: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        how = [ir.Constant(word, value) for value in (0, 3, 1)]  # to read, into the nearest cache, data
+        builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), *how])
+        return context.get_dummy_value()
+
+    return numba.void(array, index), generate
+
+
+# Asks for the memory of an array's element, which may be beyond its end. A processor sees a stream coming, but while it
+# computes the codes of one group it does not ask for the next.
+_prefetch: Loop = intrinsic(_prefetch_type)
 
 
 @inner
@@ -238,6 +259,8 @@ def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Ar
         for g in range(part * each, min(len(step), (part + 1) * each)):
             base, to = UP(g * GROUP), UP(g * 32 * bits)
             row = base % UP(len(noise))
+            for i in range(GROUP // LINE):
+                _prefetch(x, base + UP(AHEAD + i * LINE))
             least[g], step[g] = encode_group(x, words, base, noise, row, unit, bits, codes, to, ends, numbers)
 
 
