@@ -142,6 +142,8 @@ def lower_rounded(search: Search, units: Units, schedule: Schedule, floor_bytes:
     """Return a schedule of smaller peak from linear programs at budgets towards the floor, or the same one."""
     problem, peak = search.problem, simulate(search.problem, schedule).peak_bytes
     for share in TARGETS:
+        if peak - floor_bytes <= peak / ENOUGH:
+            break
         target = floor_bytes + share * (peak - floor_bytes)
         for start in roundings(search, units, int(target)):
             if search.left() <= 0 or peak - floor_bytes <= peak / ENOUGH:

@@ -139,6 +139,8 @@ def _find(problem: Problem, limits: Limits) -> Least:
     search = Search(problem, limits, "least_peak")
     floor = working_set(problem, units).peak_bytes
     single = _single(search, units, low_of(units, keep_everything(units), floor))
+    if single.peak_bytes <= floor:
+        return Least(single, single.peak_bytes, single.schedule, floor, math.inf)
     effort = math.ceil(min(max(1.0, limits.seconds / EFFORT), MOST_EFFORT))
     search.work_left = AGAIN_WORK * effort
     peak, schedule = min(_again(search, units, single, floor), key=lambda found: found[0])

@@ -54,6 +54,11 @@ def inner(function: Loop) -> Loop:
     return _jit(function)
 
 
+def inlined(function: Loop) -> Loop:
+    """Compile what loops call, in its place."""
+    return _jit(function, inline="always")
+
+
 def threaded(function: Loop) -> Loop:
     """Compile a loop for several threads."""
     return _jit(function, parallel=True)
@@ -230,7 +235,7 @@ def _codes(
             codes[to + i] = U8(I32(low + I32(I32(c * I32(16)) + I32(d * I32(64)))))
 
 
-@inner
+@inlined
 def encode_group(
     x: Array, words: Array, base: Any, noise: Array, row: Any, unit: Any, bits: int,
     codes: Array, to: Any, ends: Array, numbers: Array,
@@ -240,6 +245,8 @@ def encode_group(
     bottom = numbers[0]
     width = (numbers[1] - bottom) * unit
     rate = F32(1) / width if width > _SMALLEST else F32(0)  # no step, no rate
+    for i in range(GROUP // LINE):
+        _prefetch(x, base + UP(AHEAD + i * LINE))
     _codes(x, base, noise, row, bottom, rate, bits, codes, to)
     if width - width != 0:  # one NaN
         return _NOT_A_NUMBER, _NOT_A_NUMBER
@@ -259,8 +266,6 @@ def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Ar
         for g in range(part * each, min(len(step), (part + 1) * each)):
             base, to = UP(g * GROUP), UP(g * 32 * bits)
             row = base % UP(len(noise))
-            for i in range(GROUP // LINE):
-                _prefetch(x, base + UP(AHEAD + i * LINE))
             least[g], step[g] = encode_group(x, words, base, noise, row, unit, bits, codes, to, ends, numbers)
 
 
