@@ -16,7 +16,7 @@ from models_zoo import MODELS
 
 
 def test_the_smaller_last_batch_keeps_the_decisions() -> None:
-    planned = graphplan.optimize(Net(), 10_000_000, (torch.randn(1024, 16),), time_limit=5)
+    planned = graphplan.optimize(Net(), 10_000_000, (torch.randn(1024, 16),), time_limit=2)
     fates = {n: d.fate for n, d in planned.plan.decisions.items()}
     planned(torch.randn(100, 16)).sum().backward()
     assert "carried" in planned.plan.solver
@@ -24,7 +24,7 @@ def test_the_smaller_last_batch_keeps_the_decisions() -> None:
 
 
 def test_a_percentage_is_of_the_largest_batch_so_far() -> None:
-    planned = graphplan.optimize(Net(), "75%", (torch.randn(1024, 16),), time_limit=5)
+    planned = graphplan.optimize(Net(), "75%", (torch.randn(1024, 16),), time_limit=2)
     budget = planned.plan.budget_bytes
     planned(torch.randn(2, 16)).sum().backward()
     assert planned.plan.budget_bytes == budget
@@ -34,8 +34,8 @@ def test_a_percentage_is_of_the_largest_batch_so_far() -> None:
 
 def test_a_larger_batch_that_no_longer_fits_is_solved_again() -> None:
     x, larger = torch.randn(512, 16), torch.randn(560, 16)
-    unplanned = graphplan.optimize(Net(), "100%", (x,), time_limit=5).plan
-    planned = graphplan.optimize(Net(), unplanned.peak_bytes, (x,), time_limit=5)
+    unplanned = graphplan.optimize(Net(), "100%", (x,), time_limit=2).plan
+    planned = graphplan.optimize(Net(), unplanned.peak_bytes, (x,), time_limit=2)
     planned(larger).sum().backward()
     assert "carried" not in planned.plan.solver
     assert planned.plan.peak_bytes <= unplanned.peak_bytes
@@ -46,7 +46,7 @@ def test_the_loss_of_other_batches_is_measured_on_the_example_s_targets() -> Non
     model, example = entry.build_small(), entry.example_small()
     (x,), y = example.inputs, example.targets
     loss = nn.functional.cross_entropy
-    planned = graphplan.optimize(model, "100%", (x,), loss_fn=loss, example_targets=y, time_limit=5)
+    planned = graphplan.optimize(model, "100%", (x,), loss_fn=loss, example_targets=y, time_limit=2)
     for images, labels in ((x[:3].clone(), y[:3].clone()), (torch.cat([x, x]), torch.cat([y, y]))):
         loss(planned(images), labels).backward()
         model.zero_grad()
@@ -63,7 +63,7 @@ def test_a_longer_sequence_is_planned_without_its_targets() -> None:
 
     x = torch.randint(50, (8, 32))
     lossy: dict[str, Any] = {"codecs": "lossy", "loss_fn": loss, "example_targets": x}
-    planned = graphplan.optimize(model, "90%", (x,), time_limit=5, **lossy)
+    planned = graphplan.optimize(model, "90%", (x,), time_limit=2, **lossy)
     for length in (24, 48):
         tokens = torch.randint(50, (8, length))
         loss(planned(tokens), tokens).backward()

@@ -190,7 +190,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "channels_last": {"memory_format": torch.channels_last},
     "bfloat16": {"dtype": torch.bfloat16},
 }
-IMAGES = [(name, form) for name in ("resnet18", "vgg16_bn", "unet", "mobilenet_v2") for form in list(FORMS)[1:]]
+IMAGES = [
+    pytest.param(name, form, marks=() if name == "resnet18" else pytest.mark.slow)
+    for name in ("resnet18", "vgg16_bn", "unet", "mobilenet_v2")
+    for form in list(FORMS)[1:]
+]
 
 
 @pytest.mark.parametrize(("name", "form"), [*((name, "plain") for name in MODELS), *IMAGES])
@@ -238,7 +242,7 @@ def test_a_wrong_bit_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert not equal(plain, gradients(captured, instructions, steps, model, x)), codec
 
 
-@pytest.mark.parametrize("name", ["relu6 of what runs once", "dropout"])
+@pytest.mark.parametrize("name", ["relu6 of what runs once", pytest.param("dropout", marks=pytest.mark.slow)])
 def test_a_tight_budget_brings_codecs(name: str) -> None:
     """The solver chooses them by itself; `verify` measures the peak and compares every bit with the plain graph."""
     case = CASES[name]
@@ -255,12 +259,12 @@ def test_a_tight_budget_brings_codecs(name: str) -> None:
     device = graphplan.optimize(deep(), "100%", (x,), time_limit=6).device_profile
     device.samples.update({k: replace(s, cost_ns=20_000 + s.touched_bytes) for k, s in device.samples.items()})
     free, without = (
-        graphplan.optimize(deep(), "100%", (x,), time_limit=20, device=device, codecs=codecs)
+        graphplan.optimize(deep(), "100%", (x,), time_limit=10, device=device, codecs=codecs)
         for codecs in ("exact", "none")
     )
     assert free.plan.minimum_peak_bytes <= without.plan.minimum_peak_bytes
     model = deep()
-    planned = graphplan.optimize(model, free.plan.minimum_peak_bytes, (x,), time_limit=20, device=device)
+    planned = graphplan.optimize(model, free.plan.minimum_peak_bytes, (x,), time_limit=10, device=device)
     graphplan.verify(planned, model, (x,))
     assert {d.codec for d in planned.plan.decisions.values()} & set(CODECS), planned.plan
 

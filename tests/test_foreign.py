@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graphplan
 
 pytest.importorskip("transformers")
-FEW = ("gpt2", "bert", "llama", "t5", "swin", "convnext", "mamba")
+FEW = ("gpt2", "t5", "swin", "mamba")  # one of each kind
 Gradients = dict[str, Tensor]
 
 

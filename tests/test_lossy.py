@@ -243,7 +243,7 @@ def test_codecs_cost_nothing_where_they_do_not_help(name: str) -> None:
     entry = MODELS[name]
     model, example, device = entry.build_small(), entry.example_small(), graphplan.Device.this()
     loss_fn = entry.loss if example.targets is not None else (lambda outputs: entry.loss(outputs, None))
-    given = {"device": device, "time_limit": 20, "loss_fn": loss_fn, "example_targets": example.targets}
+    given = {"device": device, "time_limit": 10, "loss_fn": loss_fn, "example_targets": example.targets}
     everything = graphplan.optimize(model, "100%", example.inputs, codecs="none", **given).plan
     least = everything.minimum_peak_bytes
     without, allowed = (

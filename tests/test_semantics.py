@@ -70,7 +70,7 @@ class Odd(nn.Module):
 def both(model: nn.Module, budget: str, call: Callable[[nn.Module], Tensor], **kwargs: Any) -> tuple[Any, Any]:
     """Run `call` (returns a loss) on the model and on its planned twin; return both with gradients set."""
     twin = copy.deepcopy(model)
-    planned = graphplan.optimize(twin, budget, time_limit=5, **kwargs)
+    planned = graphplan.optimize(twin, budget, time_limit=2, **kwargs)
     for net in (model, planned):
         torch.manual_seed(7)
         call(net).backward()
@@ -97,7 +97,7 @@ def test_kwargs_and_plain_values(budget: str) -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_keyword_order_and_position_do_not_matter(budget: str) -> None:
-    planned = graphplan.optimize(Net(), budget, time_limit=5)
+    planned = graphplan.optimize(Net(), budget, time_limit=2)
     x = torch.randn(256, 16)
     planned(x=x, scale=2.0, flip=False)
     planned(flip=False, x=x, scale=2.0)
@@ -142,7 +142,7 @@ def test_inputs_that_require_grad_and_frozen_parameters() -> None:
     model = Net()
     model.blocks[1].requires_grad_(False)
     twin = copy.deepcopy(model)
-    planned = graphplan.optimize(twin, "90%", time_limit=5)
+    planned = graphplan.optimize(twin, "90%", time_limit=2)
     grads = []
     for net in (model, planned):
         x = torch.randn(256, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -185,7 +185,7 @@ def test_several_losses_with_retained_graph() -> None:
             return y.pow(2).sum(), y.abs().sum()
 
     model = Two()
-    planned = graphplan.optimize(copy.deepcopy(model), "100%", time_limit=5)
+    planned = graphplan.optimize(copy.deepcopy(model), "100%", time_limit=2)
     for net in (model, planned):
         torch.manual_seed(7)
         a, b = net(x)
@@ -209,7 +209,7 @@ def test_an_output_that_no_loss_uses() -> None:
 
 
 def test_evaluation_and_no_grad_run_unplanned() -> None:
-    planned = graphplan.optimize(Net(), "90%", time_limit=5)
+    planned = graphplan.optimize(Net(), "90%", time_limit=2)
     x = torch.randn(8, 16)
     with torch.no_grad():
         assert not planned(x).requires_grad
@@ -224,7 +224,7 @@ def test_evaluation_and_no_grad_run_unplanned() -> None:
 
 def test_deepcopy_and_state_dict() -> None:
     x = torch.randn(64, 16)
-    planned = graphplan.optimize(Net(), "90%", (x,), time_limit=5)
+    planned = graphplan.optimize(Net(), "90%", (x,), time_limit=2)
     twin = copy.deepcopy(planned)
     with torch.no_grad():
         twin.head.weight.zero_()
@@ -236,7 +236,7 @@ def test_deepcopy_and_state_dict() -> None:
 
 def test_a_saved_module_plans_anew_where_it_is_loaded() -> None:
     x, file = torch.randn(64, 16), io.BytesIO()
-    planned = graphplan.optimize(Net(), "90%", (x,), codecs=("bitmask",), time_limit=5)
+    planned = graphplan.optimize(Net(), "90%", (x,), codecs=("bitmask",), time_limit=2)
     torch.save(planned, file)
     again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     assert again._entries == {}
@@ -279,7 +279,7 @@ def test_training_for_real() -> None:
     """Thirty steps of SGD end in the same parameters as plain PyTorch's, within rounding."""
     x, t = torch.randn(128, 16), torch.randint(0, 3, (128,))
     model = Net()
-    planned = graphplan.optimize(copy.deepcopy(model), "85%", time_limit=5)
+    planned = graphplan.optimize(copy.deepcopy(model), "85%", time_limit=2)
     for net in (model, planned):
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -292,7 +292,7 @@ def test_training_for_real() -> None:
 
 
 def test_in_place_change_between_forward_and_backward_is_refused() -> None:
-    planned = graphplan.optimize(Net(), "100%", time_limit=5)
+    planned = graphplan.optimize(Net(), "100%", time_limit=2)
     y = planned(torch.randn(32, 16))
     with torch.no_grad():
         planned.head.weight.add_(1)
@@ -382,7 +382,7 @@ def test_pareto_trades_memory_for_time() -> None:
 def test_one_tensor_is_one_argument() -> None:
     x = torch.randn(32, 16)
     model = Net()
-    planned = graphplan.optimize(model, "100%", x, time_limit=5)
+    planned = graphplan.optimize(model, "100%", x, time_limit=2)
     graphplan.verify(planned, model, x)
     assert graphplan.measure(model, x, runs=1).peak_bytes > 0
     assert graphplan.pareto(model, x, points=1, time_limit=2)

@@ -82,7 +82,7 @@ def ten_steps(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ten_steps_equal_the_plain_loop(name: str) -> None:
     model, optimizer, other, its = twins(Net(), OPTIMIZERS[name])
-    step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", X, Y, time_limit=5)
+    step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", X, Y, time_limit=2)
     ten_steps(step.at_budget(step.plan.minimum_peak_bytes), other, its, (X,), Y, F.cross_entropy)
 
 
@@ -92,7 +92,7 @@ def test_zoo_at_the_least_budget(name: str, kind: str) -> None:
     entry = MODELS[name]
     model, optimizer, other, its = twins(entry.build_small(), OPTIMIZERS[kind])
     inputs, targets = entry.example_small().inputs, entry.example_small().targets
-    full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=3)
+    full = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=2)
     step = full.at_budget(full.plan.minimum_peak_bytes)
     ten_steps(step, other, its, inputs, targets, entry.loss)
     measured = graphplan.measure(step, inputs, example_targets=targets, runs=1).peak_bytes
@@ -246,7 +246,7 @@ def test_verify_pareto_and_saved_plans(tmp_path: Any) -> None:
     model = Net()
     optimizer = OPTIMIZERS["momentum"](model.parameters())
     plans = graphplan.pareto(
-        model, X, points=3, loss_fn=F.cross_entropy, example_targets=Y, optimizer=optimizer, time_limit=3
+        model, X, points=3, loss_fn=F.cross_entropy, example_targets=Y, optimizer=optimizer, time_limit=2
     )
     plans[0].save(tmp_path / "plan.json")
     plan = graphplan.Plan.load(tmp_path / "plan.json")

@@ -70,7 +70,7 @@ def test_a_chain_goes_far_below_one_recompute_a_value() -> None:
     assert max(runs) > 2
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.6, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.3, 0.9))])
 def test_auto_has_plans_below_one_recompute(share: float) -> None:
     problem = layers(40)
     least = find_least(problem, Limits())

@@ -15,7 +15,7 @@ from solvers.units import build_units
 from tests.solvers.problems import at_share, random_problem
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(s, marks=pytest.mark.slow) for s in range(4, 8))])
 def test_a_known_schedule_is_never_beaten_by_the_answer(seed: int) -> None:
     """However little time there is: at every budget at which it fits, the answer costs no more than it."""
     problem = random_problem(7000 + seed, 40)
@@ -75,7 +75,7 @@ def test_the_least_peak_repeats_itself() -> None:
     assert least_peak(problem) == first
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 5))])
 def test_the_least_peak_is_the_same_however_long_ops_took(seed: int) -> None:
     problem = at_share(random_problem(7400 + seed, 40), 0.0)
     random = Random(seed)
