@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
 import graphplan
 
+KINDS = list(product([nn.RNN, nn.LSTM, nn.GRU], [False, True], [False, True]))
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+
+@pytest.mark.parametrize(
+    ("layer", "bidirectional", "batch_first"),
+    [pytest.param(*kind, marks=() if i in (0, 6, 11) else pytest.mark.slow) for i, kind in enumerate(KINDS)],
+)
 def test_dropout_between_layers(layer: type[nn.RNNBase], bidirectional: bool, batch_first: bool) -> None:
     torch.manual_seed(0)
     model = layer(8, 16, 3, dropout=0.4, bidirectional=bidirectional, batch_first=batch_first)

@@ -14,7 +14,7 @@ from graphplan import Plan
 from graphplan.cli.output import BAD_INPUT, INFEASIBLE
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--time-limit", "3")
+SMALL = ("--time-limit", "2")
 
 
 @pytest.mark.parametrize("step", ["momentum", "adamw"])

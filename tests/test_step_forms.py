@@ -167,7 +167,9 @@ def test_a_sliced_convolution_is_the_whole_one(layer: nn.Conv2d, batch: int) -> 
 
 
 @pytest.mark.usefixtures("small_slices")
-@pytest.mark.parametrize("name", ["resnet18", "unet", "gpt", "bert", "mlp", "lstm"])
+@pytest.mark.parametrize(
+    "name", ["unet", "gpt", "lstm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bert", "mlp"))]
+)
 def test_the_form_in_less_memory_is_the_same_within_rounding(name: str) -> None:
     entry = MODELS[name]
     example = entry.example_small()

@@ -1,4 +1,4 @@
-"""Random problems through every solver: 300 in CI, FUZZ=10000 (`make fuzz`) at night.
+"""Random problems through every solver: 250 in CI, FUZZ=10000 (`make fuzz`) at night.
 
 `solve` itself simulates every answer. Here the answers are held against each other, and small ones against the oracle:
 never infeasible where one of the class has a plan, never better than the oracle, no bound above a plan of its class.
@@ -16,7 +16,7 @@ from solvers.bounds import ANY_PLAN
 from tests.solvers.problems import random_problem
 
 BLOCKS = 20
-COUNT = int(os.environ.get("FUZZ", "300"))
+COUNT = int(os.environ.get("FUZZ", "250"))
 SINGLE = ("greedy", "chen", "melon", "moccasin", "pytorch_knapsack")  # plans with one recompute a value
 MANY = ("dtr", "rotor")
 ORACLE_VALUES = 11  # at most, for the oracle
