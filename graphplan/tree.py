@@ -91,7 +91,7 @@ class Template:
 
 def _others(node: Any) -> Iterator[str]:
     """Yield the type of each object in plain containers that is neither a tensor nor a plain value."""
-    if type(node) in (tuple, list, dict):
+    if type(node) in (tuple, list, dict, deque):
         for child in _children(node):
             yield from _others(child)
     elif not isinstance(node, (*_VALUES, Tensor)):
@@ -105,7 +105,7 @@ def path_to(structure: Any, wanted: tuple[type, ...]) -> str | None:
     children: list[tuple[str, Any]] = []
     if isinstance(structure, Mapping):
         children = [(f"[{key!r}]", value) for key, value in structure.items()]
-    elif isinstance(structure, list | tuple):
+    elif isinstance(structure, list | tuple | deque):
         children = [(f"[{i}]", value) for i, value in enumerate(structure)]
     elif is_dataclass(structure):
         children = [(f".{field.name}", getattr(structure, field.name)) for field in fields(structure)]
