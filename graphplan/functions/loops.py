@@ -245,8 +245,6 @@ def encode_group(
     bottom = numbers[0]
     width = (numbers[1] - bottom) * unit
     rate = F32(1) / width if width > _SMALLEST else F32(0)  # no step, no rate
-    for i in range(GROUP // LINE):
-        _prefetch(x, base + UP(AHEAD + i * LINE))
     _codes(x, base, noise, row, bottom, rate, bits, codes, to)
     if width - width != 0:  # one NaN
         return _NOT_A_NUMBER, _NOT_A_NUMBER
@@ -266,6 +264,8 @@ def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Ar
         for g in range(part * each, min(len(step), (part + 1) * each)):
             base, to = UP(g * GROUP), UP(g * 32 * bits)
             row = base % UP(len(noise))
+            for i in range(GROUP // LINE):
+                _prefetch(x, base + UP(AHEAD + i * LINE))
             least[g], step[g] = encode_group(x, words, base, noise, row, unit, bits, codes, to, ends, numbers)
 
 
