@@ -76,7 +76,7 @@ class PlannedModule(nn.Module):
             return model(*args, **kwargs)
         template, tensors = flatten_call(args, kwargs)
         key = (call_key(template, tensors), self._state.read(self._model))
-        step = self._planner.entry(key, lambda: self._source(args, kwargs)).step
+        step = self._planner.entry_to_run(key, lambda: self._source(args, kwargs)).step
         self.step_number += 1
         if self._awaited() is not None:
             warnings.warn(_TWO_CALLS, RuntimeWarning, stacklevel=2)

@@ -21,6 +21,7 @@ from graphplan.choices import (
 )
 from graphplan.device import Device
 from graphplan.errors import GraphplanError
+from graphplan.heap import Room
 from graphplan.lift import Prepared
 from graphplan.measure import LossFails
 from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
@@ -52,6 +53,7 @@ class Planner(Generic[P]):
         self.entries: dict[Hashable, Entry[P]] = {}
         self.latest: Entry[P] | None = None
         self._grounds: dict[Hashable, Candidates] = {}
+        self._room = Room()
         self._samples = 0  # of the batch that the example's targets belong to
 
     def entry(self, key: Hashable, sources: Sources) -> Entry[P]:
@@ -60,6 +62,13 @@ class Planner(Generic[P]):
         if found is None:
             found = self.entries[key] = self._make(key, sources)
         self.latest = found
+        return found
+
+    def entry_to_run(self, key: Hashable, sources: Sources) -> Entry[P]:
+        """Return the entry for `key`, with room for what it will take."""
+        found = self.entry(key, sources)
+        if found.prepared.device.kind == "cpu":
+            self._room.hold(found.plan.peak_bytes)
         return found
 
     def adopt(self, plan: Plan, key: Hashable, sources: Sources) -> None:

@@ -50,7 +50,8 @@ def test_a_refusal_that_does_not_name_memory_is_said_to_be_one() -> None:
 
 FRAGMENTED = """
 import torch
-from graphplan.cap import Cap, tune_malloc
+from graphplan.cap import Cap
+from graphplan.heap import tune_malloc
 tune_malloc()
 some = [torch.empty(12_000) for _ in range(4000)]  # 192 MB in blocks of the heap
 kept = some[::50]

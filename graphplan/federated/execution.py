@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from graphplan.cap import Cap, start_threads, tune_malloc
+from graphplan.cap import Cap, start_threads
 from graphplan.capture import capture
 from graphplan.choices import prepare_candidates, with_parts
 from graphplan.codecs import choose_codecs
@@ -21,6 +21,7 @@ from graphplan.device import Device
 from graphplan.errors import GraphplanError
 from graphplan.federated.budget import Budget
 from graphplan.federated.task import Task, task_loss, task_options
+from graphplan.heap import tune_malloc
 from graphplan.measure import measure, resident_bytes
 from graphplan.optimize import prepare
 from graphplan.plan import Plan

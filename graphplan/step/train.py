@@ -67,7 +67,7 @@ class TrainStep(WholeStep):
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """Train on one batch, shaped like the examples; return the loss, detached."""
         call = self._call(inputs, targets)
-        loss = self._planner.entry(*call[:2]).step.run(self._state.find, self._slots, call[2])
+        loss = self._planner.entry_to_run(*call[:2]).step.run(self._state.find, self._slots, call[2])
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
         return loss
 
