@@ -6,8 +6,8 @@ For each zoo model at its real size: the least peak of a whole step; of `optimiz
 PyTorch; of the optimizer in the backward (a hook on every parameter that applies and drops its gradient), alone, with
 checkpointed blocks and with PyTorch's memory budget. All peaks are measured. Last the GPT with 50,257 tokens
 (`vocabulary`), with and without chunks. `--time` measures only the step at 100 % against the plain loop, in turn, on
-a machine that does nothing else (`--time resnet18 gpt --seconds 30`), with threads that wait as users' do. Each model
-runs in a process of its own.
+a machine that does nothing else (`--time resnet18 gpt --seconds 30`), with threads that wait as users' do; `--apart`
+with each of the two in a process of its own. Each model runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from bench.processes import RESULTS, rows_of, run_again, save_row
 
 RATIOS = (0.1, 0.0)  # of PyTorch's memory budget
 LEARNING_RATE = 0.01
-LEAST, MOST = 7, 201  # rounds of steps
 SOLVING = 10.0  # seconds, at the least peak
 STORED = "stored"
+TIMES = {"apart": "apart", "time": "in one process", "kept": "in one process, memory kept"}
 VOCABULARY, TIME, BATCH = 50_257, 256, 4
 
 
@@ -161,33 +161,50 @@ def stored_peers(name: str) -> dict[str, int | str]:
     return peers
 
 
+@dataclass(frozen=True, slots=True)
+class Loops:
+    """A zoo model at its real size, and its loops over one batch."""
+
+    entry: Any
+    model: Any
+    inputs: Any
+    targets: Any
+
+    @staticmethod
+    def of(name: str) -> Loops:
+        import torch
+
+        from models_zoo import MODELS
+
+        torch.manual_seed(0)
+        entry = MODELS[name]
+        example = entry.example()
+        return Loops(entry, entry.build(), example.inputs, example.targets)
+
+    def plain(self) -> Callable[[], object]:
+        """Return a step of the plain loop."""
+        step = peer(self.model, self.model, self.entry, False)
+        return lambda: step(self.inputs, self.targets)
+
+    def planned(self) -> Callable[[], object]:
+        """Return a planned step at 100 %."""
+        import torch
+
+        import graphplan
+
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+        step = graphplan.train_step(
+            self.model, self.entry.loss, optimizer, "100%", self.inputs, self.targets, time_limit=2.0
+        )
+        return lambda: step(self.inputs, self.targets)
+
+
 def measure_time(name: str, seconds: float) -> dict[str, Any]:
-    """Return the time of a step at 100 % over the plain loop's, and of the plain loop over itself."""
-    import torch
+    """Return the time of a step at 100 % over the plain loop's in the same process, and of that loop over itself."""
+    from bench.turns import over_twice
 
-    import graphplan
-    from bench.pairs import Ratio, rounds
-    from models_zoo import MODELS
-
-    torch.manual_seed(0)
-    entry = MODELS[name]
-    model, example = entry.build(), entry.example()
-    inputs, targets = example.inputs, example.targets
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    step = graphplan.train_step(model, entry.loss, optimizer, "100%", inputs, targets, time_limit=2.0)
-    plain = peer(model, model, entry, False)
-
-    def one() -> None:
-        plain(inputs, targets)
-
-    calls = (lambda: step(inputs, targets), one, one)
-    once = sum(rounds(calls, 1)[0]) / 1e9
-    times = rounds(calls, min(MOST, max(LEAST, int(seconds / once))))
-    return {
-        "name": name,
-        "ratio": asdict(Ratio.of([2 * a / (b + c) for a, b, c in times])),
-        "null": asdict(Ratio.of([c / b for _, b, c in times])),
-    }
+    loops = Loops.of(name)
+    return {"name": name, **over_twice(loops.planned(), loops.plain(), seconds)}
 
 
 def measure_vocabulary(time_limit: float) -> dict[str, Any]:
@@ -252,17 +269,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def time_table(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
-    """Return the step times at 100 % as Markdown: with malloc as it is, and with malloc that keeps what is freed."""
-    titles = ("model", *2 * ("planned / plain loop", "plain loop / itself", "rounds"))
-    titles = (*titles[:4], *(f"memory kept: {t}" for t in titles[4:]))
+def time_table(ways: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the step times at 100 % as Markdown, measured in each of the ways of TIMES."""
+    columns = ("planned / plain loop", "plain loop / itself", "rounds")
+    titles = ("model", *(f"{TIMES[way]}: {c}" for way in ways for c in columns))
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    also = {r["name"]: r for r in kept}
-    for r in rows:
-        cells = [r["name"], *_times(r), *(_times(also[r["name"]]) if r["name"] in also else ("", "", ""))]
-        lines.append("| " + " | ".join(cells) + " |")
-    means = [f"{geometric([r['ratio']['median'] for r in some]):.3f}" for some in (rows, kept) if some]
-    lines.append(f"\nGeometric mean of planned / plain loop: {', with memory kept '.join(means)}.")
+    found = {way: {r["name"]: r for r in rows} for way, rows in ways.items()}
+    for name in dict.fromkeys(name for rows in found.values() for name in rows):
+        cells = [c for rows in found.values() for c in (_times(rows[name]) if name in rows else ("", "", ""))]
+        lines.append("| " + " | ".join((name, *cells)) + " |")
+    means = [f"{TIMES[way]} {geometric([r['ratio']['median'] for r in rows]):.3f}" for way, rows in ways.items()]
+    lines.append(f"\nGeometric mean of planned / plain loop: {', '.join(means)}.")
     return "\n".join(lines)
 
 
@@ -292,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="zoo models, or vocabulary (default: all)")
     parser.add_argument("--time", action="store_true", help="step times, not peaks")
+    parser.add_argument("--apart", action="store_true", help="with --time: each loop in a process of its own")
     parser.add_argument("--kept", action="store_true", help="with --time: malloc keeps what is freed")
     parser.add_argument("--seconds", type=float, default=30.0, help="of steps for each model, with --time")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds of solving")
@@ -315,7 +333,11 @@ def main() -> None:
 
 def measure_one(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Return the name of one model's row, and the row."""
+    from bench.turns import measure_apart
+
     name = args.one
+    if args.apart:
+        return f"step_apart_{name}", measure_apart(name, args.seconds)
     if args.time:
         return f"step_{'kept' if args.kept else 'time'}_{name}", measure_time(name, args.seconds)
     if name == "vocabulary":
@@ -330,12 +352,14 @@ def run_all(args: argparse.Namespace) -> None:
 
     given = ["--seconds", args.seconds, "--time-limit", args.time_limit, "--peers", *args.peers]
     given += [*(["--time"] if args.time else []), *(["--kept"] if args.kept else [])]
+    given += ["--apart"] if args.apart else []
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
         run_again("step", "--one", name, *given, minutes=args.minutes, spin=args.time, kept=args.kept)
-    rows, times = rows_of("step_", MODELS), [rows_of(f"step_{kind}_", MODELS) for kind in ("time", "kept")]
+    rows, times = rows_of("step_", MODELS), {way: rows_of(f"step_{way}_", MODELS) for way in TIMES}
+    times = {way: found for way, found in times.items() if found}
     blocks = {
         "step table": table(rows) if rows else "",
-        "step time": time_table(*times) if times[0] else "",
+        "step time": time_table(times) if times else "",
         "step vocabulary": "\n".join(vocabulary_text(r) for r in rows_of("step_", ["vocabulary"])),
     }
     for block, text in blocks.items():

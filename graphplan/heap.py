@@ -147,6 +147,7 @@ def _block_above(nbytes: int) -> int | None:
     useful = after.arena > before.arena and after.hblks == before.hblks and None not in (*blocks, anchor)
     for block in blocks if useful else (*blocks, anchor):
         library.free(block)
+    _trim()  # each block's first page was written
     return anchor if useful else None
 
 

@@ -135,8 +135,8 @@ def test_far_moves_keep_every_bit_and_never_raise_the_working_set(layers: list[A
     x, y = torch.randn(16, 8), torch.randn(16, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order._Half, "_postponed", lambda self, ops: None)
-        before = graphplan.optimize(model, "100%", (x,))
-    planned = graphplan.optimize(model, "100%", (x,))
+        before = graphplan.optimize(model, "100%", (x,), time_limit=1)
+    planned = graphplan.optimize(model, "100%", (x,), time_limit=1)
     working_sets = [working_set(p.entry().prepared.problem).peak_bytes for p in (before, planned)]
     assert working_sets[1] <= working_sets[0]
     found = []
@@ -160,7 +160,7 @@ def test_branches_train_to_the_same_bits(layers: list[tuple[list[int], int]], se
     plain = copy.deepcopy(model)
     x, y = torch.randn(16, 8), torch.randn(16, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step = graphplan.train_step(model, nn.functional.mse_loss, optimizer, "100%", x, y)
+    step = graphplan.train_step(model, nn.functional.mse_loss, optimizer, "100%", x, y, time_limit=1)
     prepared = step.entry().prepared
     prepared.graph.verify()
     assert step.plan.minimum_peak_bytes >= working_set(prepared.problem).peak_bytes

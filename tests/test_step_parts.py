@@ -101,7 +101,9 @@ def test_models_whose_samples_do_not_stand_for_themselves(
 
 def test_infeasible_counts_the_parts() -> None:
     model = wide()
-    full = graphplan.train_step(model, F.cross_entropy, OPTIMIZERS["sgd"](model.parameters()), "100%", X, Y)
+    full = graphplan.train_step(
+        model, F.cross_entropy, OPTIMIZERS["sgd"](model.parameters()), "100%", X, Y, time_limit=3
+    )
     with pytest.raises(graphplan.InfeasibleBudget) as caught:
         full.at_budget(100_000).prepare(X, Y)
     assert caught.value.minimum_bytes < full.plan.minimum_peak_bytes

@@ -122,7 +122,7 @@ def test_what_cannot_be_run_says_so(config: RunConfig) -> None:
 def test_the_double_gives_the_same_numbers_as_flwr_run(config: RunConfig) -> None:
     # Plans that round: two clients whose budgets need one, in processes that have run other steps before.
     fleet = config.fleet.replace("[0.75, 0.95]", "[0.6, 0.68]")
-    both = replace(config, method="fedhybrid", codecs="lossy", fleet=fleet, points=12, rounds=2, per_round=3)
+    both = replace(config, method="fedhybrid", codecs="lossy", fleet=fleet, points=5, rounds=2, per_round=3)
     events: list[str] = []
     engine = run_simulation(both, lambda event: events.append(event["event"])).json()
     assert events == ["start", "round", "round", "round", "end"]
