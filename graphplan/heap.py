@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 _LEFT_FREE = 8 * 2**20  # of the heap: for what is no tensor, and for tensors' rounding to pages
 _LARGEST, _SMALLEST = 60 << 10, 512  # blocks that hold what is free in the heap; larger ones would be mappings
-_BLOCK = 120 << 10  # just below what a new process gives a mapping of its own
+_BLOCK = 16 << 20  # a room is made of; few, as the first page of each is written
 _HOLES = 2  # addresses for each byte: where an aligned tensor lay, glibc cannot put the next one of its size
 
 
@@ -138,17 +138,22 @@ def tune_malloc() -> bool:
 def _block_above(nbytes: int) -> int | None:
     """Return a block at the top of the heap with `nbytes` of free addresses below it; None where there is none."""
     library = _libc()
-    before, blocks = library.mallinfo2(), [library.malloc(_BLOCK) for _ in range(nbytes // _BLOCK + 1)]
+    library.free(library.malloc(_BLOCK))  # blocks as large as one that was freed are no more mappings of their own
+    before, blocks = library.mallinfo2(), [library.malloc(_BLOCK)]
+    if library.mallinfo2().hblks > before.hblks:  # unless malloc was told otherwise
+        library.free(blocks[0])
+        return None
+    blocks += [library.malloc(_BLOCK) for _ in range(nbytes // _BLOCK)]
     most = len(blocks) + before.fordblks // _BLOCK
     # The last one is to come from new addresses, which are above all others.
     while library.mallinfo2().arena == before.arena and len(blocks) <= most:
         blocks.append(library.malloc(_BLOCK))
-    after, anchor = library.mallinfo2(), blocks.pop()
-    useful = after.arena > before.arena and after.hblks == before.hblks and None not in (*blocks, anchor)
-    for block in blocks if useful else (*blocks, anchor):
+    useful = library.mallinfo2().arena > before.arena and None not in blocks
+    anchor = blocks.pop() if useful else None
+    for block in blocks:
         library.free(block)
-    _trim()  # each block's first page was written
-    return anchor if useful else None
+    _trim()
+    return anchor
 
 
 def _is_limited() -> bool:
