@@ -138,18 +138,23 @@ def tune_malloc() -> bool:
 def _block_above(nbytes: int) -> int | None:
     """Return a block at the top of the heap with `nbytes` of free addresses below it; None where there is none."""
     library = _libc()
-    library.free(library.malloc(_BLOCK))  # blocks as large as one that was freed are no more mappings of their own
-    before, blocks = library.mallinfo2(), [library.malloc(_BLOCK)]
-    if library.mallinfo2().hblks > before.hblks:  # unless malloc was told otherwise
-        library.free(blocks[0])
-        return None
-    blocks += [library.malloc(_BLOCK) for _ in range(nbytes // _BLOCK)]
-    most = len(blocks) + before.fordblks // _BLOCK
+    blocks: list[int] = []
+    before = library.mallinfo2()
+    most = 2 + (nbytes + before.fordblks) // _BLOCK
+    chances = 2  # glibc maps no more blocks of the size of one that was freed, unless it was told to
+
+    def grown() -> bool:
+        return bool(library.mallinfo2().arena > before.arena)
+
     # The last one is to come from new addresses, which are above all others.
-    while library.mallinfo2().arena == before.arena and len(blocks) <= most:
-        blocks.append(library.malloc(_BLOCK))
-    useful = library.mallinfo2().arena > before.arena and None not in blocks
-    anchor = blocks.pop() if useful else None
+    while chances and len(blocks) < most and (len(blocks) <= nbytes // _BLOCK or not grown()):
+        block = library.malloc(_BLOCK)
+        if block is None or library.mallinfo2().hblks > before.hblks:
+            library.free(block)
+            chances -= 1
+        else:
+            blocks.append(block)
+    anchor = blocks.pop() if chances and grown() else None
     for block in blocks:
         library.free(block)
     _trim()
