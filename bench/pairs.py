@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LEAST, MOST = 7, 201  # rounds of `over_twice`
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +50,14 @@ def rounds(calls: tuple[Callable[[], object], ...], count: int, warmup: int = 2)
             times[j] = time.perf_counter_ns() - start
         found.append(tuple(times))
     return found
+
+
+def over_twice(planned: Callable[[], object], plain: Callable[[], object], seconds: float) -> dict[str, Any]:
+    """Return the time of a planned step over the plain loop's, taken twice, and of the plain loop over itself."""
+    calls = (planned, plain, plain)
+    once = sum(rounds(calls, 1)[0]) / 1e9
+    times = rounds(calls, min(MOST, max(LEAST, int(seconds / once))))
+    return {
+        "ratio": asdict(Ratio.of([2 * a / (b + c) for a, b, c in times])),
+        "null": asdict(Ratio.of([c / b for _, b, c in times])),
+    }

@@ -201,7 +201,7 @@ class Loops:
 
 def measure_time(name: str, seconds: float) -> dict[str, Any]:
     """Return the time of a step at 100 % over the plain loop's in the same process, and of that loop over itself."""
-    from bench.turns import over_twice
+    from bench.pairs import over_twice
 
     loops = Loops.of(name)
     return {"name": name, **over_twice(loops.planned(), loops.plain(), seconds)}
@@ -309,8 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="zoo models, or vocabulary (default: all)")
     parser.add_argument("--time", action="store_true", help="step times, not peaks")
-    parser.add_argument("--apart", action="store_true", help="with --time: each loop in a process of its own")
-    parser.add_argument("--kept", action="store_true", help="with --time: malloc keeps what is freed")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--apart", action="store_true", help="with --time: each loop in a process of its own")
+    way.add_argument("--kept", action="store_true", help="with --time: malloc keeps what is freed")
     parser.add_argument("--seconds", type=float, default=30.0, help="of steps for each model, with --time")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds of solving")
     parser.add_argument("--minutes", type=float, default=20.0, help="for one model")
@@ -351,8 +352,7 @@ def run_all(args: argparse.Namespace) -> None:
     from models_zoo import MODELS
 
     given = ["--seconds", args.seconds, "--time-limit", args.time_limit, "--peers", *args.peers]
-    given += [*(["--time"] if args.time else []), *(["--kept"] if args.kept else [])]
-    given += ["--apart"] if args.apart else []
+    given += [f"--{way}" for way in ("time", "kept", "apart") if getattr(args, way)]
     for name in args.names or [*MODELS, *([] if args.time else ["vocabulary"])]:
         run_again("step", "--one", name, *given, minutes=args.minutes, spin=args.time, kept=args.kept)
     rows, times = rows_of("step_", MODELS), {way: rows_of(f"step_{way}_", MODELS) for way in TIMES}

@@ -10,15 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
-from bench.pairs import Ratio, rounds
+from bench.pairs import over_twice
 from bench.processes import ROOT
 
-KINDS = ("planned", "plain")
 DONE = "done"
-LEAST, MOST = 7, 201  # rounds of steps
 
 
 @contextmanager
@@ -51,17 +48,6 @@ def serve(step: Callable[[], object]) -> None:
     for _ in sys.stdin:
         step()
         print(DONE, flush=True)
-
-
-def over_twice(planned: Callable[[], object], plain: Callable[[], object], seconds: float) -> dict[str, Any]:
-    """Return the time of a planned step over the plain loop's, taken twice, and of the plain loop over itself."""
-    calls = (planned, plain, plain)
-    once = sum(rounds(calls, 1)[0]) / 1e9
-    times = rounds(calls, min(MOST, max(LEAST, int(seconds / once))))
-    return {
-        "ratio": asdict(Ratio.of([2 * a / (b + c) for a, b, c in times])),
-        "null": asdict(Ratio.of([c / b for _, b, c in times])),
-    }
 
 
 def measure_apart(name: str, seconds: float) -> dict[str, Any]:

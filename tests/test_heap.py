@@ -54,7 +54,7 @@ room.release()
 print(resident() - start)
 """
 ROOM = """
-import gc, resource
+import gc
 from graphplan.cap import Cap, data_bytes
 from graphplan.heap import Room, tune_malloc
 MB = 10**6
