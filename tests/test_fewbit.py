@@ -18,7 +18,7 @@ from graphplan.codecs import choose_codecs
 from graphplan.codecs.fewbit import BACKWARDS
 from graphplan.device import Device
 from graphplan.functions import SLOPES, from_slopes, group, native, quantise_slopes
-from graphplan.functions.group import GROUP
+from graphplan.functions.group_kernels import GROUP
 from graphplan.graph import StorageKind
 from graphplan.instructions import instructions_of
 from graphplan.meter import peak_of

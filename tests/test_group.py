@@ -15,7 +15,8 @@ from torch import Tensor
 from graphplan import functions
 from graphplan.functions import group
 from graphplan.functions.compiled import compiled, has_compiler
-from graphplan.functions.group import GROUP, HALF
+from graphplan.functions.group import HALF
+from graphplan.functions.group_kernels import GROUP
 from graphplan.meter import peak_of
 
 ops = torch.ops.graphplan

@@ -18,7 +18,7 @@ from graphplan.capture import capture
 from graphplan.codecs import CODECS
 from graphplan.codecs.lossy import DECIDES, Lossy
 from graphplan.codecs.mixed import Mixed
-from graphplan.functions import group
+from graphplan.functions import group, group_kernels
 from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
 from graphplan.replay import Batch, Tape
 from graphplan.rewrite import rewrite
@@ -261,12 +261,12 @@ def test_no_noise_allowed_means_none() -> None:
 def test_verify_sees_a_wrong_code(monkeypatch: pytest.MonkeyPatch) -> None:
     planned, model, x, loss = lossy_plan("conv")
     assert planned.plan.noise > 0
-    right = group._decode
+    right = group_kernels.decode
 
     def wrong(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
         right(codes, low, 3 * step, out, bits)
 
-    monkeypatch.setattr(group, "_decode", wrong)
+    monkeypatch.setattr(group_kernels, "decode", wrong)
     group._kernel.cache_clear()
     try:
         with pytest.raises(graphplan.PromiseBroken, match="gradient noise"):

@@ -17,7 +17,8 @@ from torch import Tensor
 import graphplan
 from graphplan import functions
 from graphplan.functions import mixed
-from graphplan.functions.group import GROUP, SIDE_BYTES
+from graphplan.functions.group import SIDE_BYTES
+from graphplan.functions.group_kernels import GROUP
 from graphplan.functions.mixed import PIECE, WIDTHS, deal_bits
 from graphplan.meter import peak_of
 from graphplan.noise import estimate, measure_noise

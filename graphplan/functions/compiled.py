@@ -35,9 +35,7 @@ def compiled(
     expected, found = trial(device), trial(device)
     made = loop or _by_torch(kernel, found)
     try:
-        by_plain = plain(*expected) or ()
-        with _as_an_op():
-            by_made = made(*found) or ()
+        by_plain, by_made = plain(*expected) or (), made(*found) or ()
     except Exception as e:  # noqa: BLE001 - whatever the compiler's reason, the kernel itself runs
         _warn(kernel, f"{type(e).__name__}: {e}")
         return None
@@ -54,7 +52,12 @@ def _by_torch(kernel: Kernel, arguments: tuple[Tensor, ...]) -> Kernel:
     for tensor in arguments:
         if len(tensor) == len(arguments[0]):
             torch._dynamo.mark_dynamic(tensor, 0)
-    return made
+
+    def run(*args: Any) -> Any:
+        with _as_an_op():
+            return made(*args)
+
+    return run
 
 
 class _Falling:
@@ -65,8 +68,7 @@ class _Falling:
 
     def __call__(self, *args: Any) -> Any:
         try:
-            with _as_an_op():
-                return self.run(*args)
+            return self.run(*args)
         except Exception as e:  # a step that trains is not to end because of a compiler
             if self.run is self.kernel:
                 raise

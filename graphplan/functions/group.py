@@ -16,28 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graphplan.functions import group_kernels as kernels
 from graphplan.functions import native
 from graphplan.functions.bits import CHUNK, in_storage_order
 from graphplan.functions.compiled import Kernel, Trial, compiled
+from graphplan.functions.group_kernels import GROUP, PIECE, SPAN
 from graphplan.functions.register import registered
 
-GROUP = 256
 SIDE_BYTES = 8  # of a group: minimum and step
 HALF = 16  # "bits" of bfloat16, which has no groups
-SPAN = 1 << 15  # elements: whole groups, and a divisor of CHUNK
-# What kernels work on as they are: all that they hold is less than a chunk in float32, and calls are few.
-PIECE = 3 * SPAN
-PIECE_IN_PLACE = 6 * SPAN  # holding no more than each element once, in float32
 PIECE_OF_BYTES = 28 * SPAN  # half of an element in bytes twice
 AHEAD = 8 * CHUNK  # whose groups' ends are found at once
 MOST = 64 * CHUNK  # elements that a compiled encode works on: what is held of each group is less than a chunk
 MOST_NARROW = 2 * CHUNK  # of a compiled decode to less than float32, which holds what it decodes
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def quantised_bytes(numel: int, bits: int) -> int:
@@ -66,8 +63,37 @@ def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
     packed, flat = _packed_like(x, bits, key, slot), in_storage_order(x)
-    encode(packed, x.numel(), bits, mix(key, slot), lambda start, stop: flat[start:stop], x.dtype)
+    if bits != HALF and native.serves(x) and _agrees(bits):
+        encode_by_loop("encode", packed, flat, bits, mix(key, slot))
+    else:
+        encode(packed, x.numel(), bits, mix(key, slot), lambda start, stop: flat[start:stop], x.dtype)
     return packed
+
+
+def encode_by_loop(name: str, packed: Tensor, flat: Tensor, bits: int, seed: int, *given: Any) -> None:
+    """Write the code of flat (n,), or of what the loop makes of it and of `given`, as `encode` does.
+
+    What is cut up are arrays, not tensors: each of torch's functions that has left the caches takes as long as a group.
+    """
+    x, memory, table, place = *map(native.array, (flat, packed, noise_table(packed.device))), seed % SPAN
+    groups, each, unit = -(-len(x) // GROUP), GROUP * bits // 8, native.number(kernels.unit_of(bits))
+    side, whole = memory[groups * each :].view(np.float32), len(x) // GROUP * GROUP
+    for start, stop in ((0, whole), (whole, len(x))):
+        if start < stop:
+            missing, first, last = -stop % GROUP, start // GROUP, -(-stop // GROUP)
+            part = np.pad(x[start:], (0, missing), mode="edge") if missing else x[start:stop]
+            begin, codes = place + start % SPAN, memory[first * each : last * each]
+            low, step = side[first:last], side[groups + first : groups + last]
+            native.run(name, part, *given, table[begin : begin + min(SPAN, len(part))], unit, bits, codes, low, step)
+
+
+def _agrees(bits: int) -> bool:
+    """Return whether the loop stands, and its codes are the kernel's."""
+    cpu = torch.device("cpu")
+    return (
+        _loop("encode", bits, torch.float32, cpu) is not None
+        and _fast("encode", 0, bits, torch.float32, cpu) is not None
+    )
 
 
 def encode(
@@ -97,7 +123,7 @@ def encode(
             kernel(load(start, stop), noise[: stop - start], codes[start:stop])
             continue
         rows = slice(start // GROUP, -(-stop // GROUP))
-        kernel(whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows], low[rows], step[rows])
+        kernel(kernels.whole_groups(load(start, stop)), noise.view(-1, GROUP), codes[rows], low[rows], step[rows])
 
 
 def _unpacked_like(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -189,9 +215,8 @@ def _loop(half: str, bits: int, dtype: torch.dtype, device: torch.device) -> Ker
         return lambda x, noise, out: native.run("round_half", x.view(torch.uint32), noise, out)
 
     def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
-        flat, unit = x.view(-1), native.number(unit_of(bits))
-        words = flat.view(torch.int32)
-        native.run("encode", flat, words, noise.reshape(-1), unit, bits, codes.view(-1), low, step)
+        unit = native.number(kernels.unit_of(bits))
+        native.run("encode", x.view(-1), noise.reshape(-1), unit, bits, codes.view(-1), low, step)
 
     return encode
 
@@ -203,7 +228,7 @@ def _whole(half: str, bits: int, kernel: Kernel) -> Kernel:
         return kernel
 
     def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
-        _write_side(kernel(x, noise, codes), bits, low, step)
+        kernels.write_side(kernel(x, noise, codes), bits, low, step)
 
     return encode
 
@@ -211,20 +236,20 @@ def _whole(half: str, bits: int, kernel: Kernel) -> Kernel:
 @cache
 def _kernel(half: str, bits: int) -> Kernel:
     if bits == HALF:
-        return _round_half
-    kernel: Kernel = _encode if half == "encode" else _decode
+        return kernels.round_half
+    kernel: Kernel = kernels.encode if half == "encode" else kernels.decode
     return lambda *args: kernel(*args, bits)
 
 
 @cache
 def _at_once(bits: int) -> Kernel:
-    kernel: Kernel = _decode_at_once
+    kernel: Kernel = kernels.decode_at_once
     return lambda *args: kernel(*args, bits)
 
 
 @cache
 def _in_pieces(bits: int) -> Kernel:
-    kernel: Kernel = _encode_in_pieces
+    kernel: Kernel = kernels.encode_in_pieces
     return lambda *args: kernel(*args, bits)
 
 
@@ -254,7 +279,7 @@ def _trial(half: str, bits: int, dtype: torch.dtype, whole: bool) -> Trial:
         )
         if half == "encode":
             return x, noise.view(-1, GROUP), *(parts if whole else parts[:1])
-        _write_side(_encode(x, noise.view(-1, GROUP), parts[0], bits), bits, parts[1], parts[2])
+        kernels.write_side(kernels.encode(x, noise.view(-1, GROUP), parts[0], bits), bits, parts[1], parts[2])
         return *parts, torch.empty_like(x)
 
     return arguments
@@ -271,121 +296,6 @@ def code_parts(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor, T
     groups, each = -(-numel // GROUP), GROUP * bits // 8
     side = packed[groups * each :].view(torch.float32)
     return packed[: groups * each].view(groups, each), side[:groups], side[groups:]
-
-
-def whole_groups(chunk: Tensor) -> Tensor:
-    """Return a chunk as groups; a short last one repeats its last element."""
-    missing = -chunk.numel() % GROUP
-    if missing:
-        chunk = torch.cat((chunk, chunk[-1:].expand(missing)))
-    return chunk.view(-1, GROUP)
-
-
-def _encode(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Write the codes of the groups x (groups, GROUP), by noise in (0, 1); return their least and greatest elements.
-
-    Written so that a compiler makes one loop over groups, each read from memory once: another result of a group than a
-    reduction's, or noise by any other index, and its codes are a second loop behind that over all groups.
-    """
-    least, most = x.amin(dim=1), x.amax(dim=1)  # aminmax is ten times as slow
-    bottom = least.float()
-    rate = _rate(_width(bottom, most.float(), bits))
-    own = noise[torch.arange(len(x), device=x.device) % len(noise)]
-    at = (x - bottom[:, None]) * rate[:, None] + own
-    code, *others = (at.floor() if bits < 8 else at).view(len(x), 8 // bits, -1).unbind(1)
-    for i, part in enumerate(others, 1):
-        code = code + part * float(1 << (bits * i))  # exact; shifts of integers take longer
-    codes.copy_(code.int())
-    return least, most
-
-
-def _encode_in_pieces(x: Tensor, noise: Tensor, codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Do what `_encode` does, and hold no more than a piece needs."""
-    least, most = x.amin(dim=1), x.amax(dim=1)
-    bottom = least.float()
-    rate = _rate(_width(bottom, most.float(), bits))
-    each = (PIECE_IN_PLACE if x.dtype is torch.float32 else PIECE) // GROUP  # others are cast first
-    for start in range(0, len(x), each):
-        rows = slice(start, start + each)
-        _write_codes(x[rows], noise, bottom[rows], rate[rows], codes[rows], bits)
-    return least, most
-
-
-def _width(least: Tensor, most: Tensor, bits: int) -> Tensor:
-    return (most - least).mul_(unit_of(bits))
-
-
-def unit_of(bits: int) -> float:
-    """Return a step as a part of the distance between a group's ends."""
-    return 1 / ((1 << bits) - 1)
-
-
-def _rate(width: Tensor) -> Tensor:
-    """Return steps as factors. A step below the least normal number is none; no step, no rate."""
-    return torch.where(width > _SMALLEST, width.reciprocal(), 0.0)
-
-
-def _write_side(ends: tuple[Tensor, Tensor], bits: int, low: Tensor, step: Tensor) -> None:
-    """Write the minima and steps to keep of groups with these ends, with one zero and one NaN: kernels choose others.
-
-    By arithmetic alone: on CPU a comparison or a `where` takes five times as long. In a group with a NaN any code may
-    stand: its step says what it is.
-    """
-    least, most = ends
-    width = (
-        most.float().sub_(least).mul_(unit_of(bits))
-    )  # over the kernel's result: all that is held is less than a chunk
-    broken = width - width  # 0 or NaN
-    torch.add(broken, least, out=low).nan_to_num_(torch.nan)
-    torch.add(broken, torch.nn.functional.threshold(width, _SMALLEST, 0.0, inplace=True), out=step).nan_to_num_(
-        torch.nan
-    )
-
-
-def _write_codes(x: Tensor, noise: Tensor, least: Tensor, rate: Tensor, codes: Tensor, bits: int) -> None:
-    """Write the codes of the groups x (groups, GROUP), every intermediate result over the last."""
-    each = 8 // bits
-    at = (x - least[:, None]).mul_(rate[:, None])  # the ends up to 1e-4: noise comes no nearer to 0 and 1
-    at.view(-1, *noise.shape).add_(noise)
-    parts = (at.floor_() if each > 1 else at).view(-1, each, GROUP // each)
-    code = parts[:, 0]
-    for i in range(1, each):
-        torch.add(code, parts[:, i], alpha=1 << (bits * i), out=code)  # exact
-    # On CPU straight from float32 to uint8 is five times as slow.
-    codes.copy_(code.view(torch.int32).copy_(code))
-
-
-def _decode(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
-    """Write the groups out (groups, GROUP)."""
-    mask, each = (1 << bits) - 1, 8 // bits
-    if out.dtype is not torch.float32:
-        parts = torch.stack([(codes >> (bits * i)) & mask for i in range(each)], dim=1)
-        out.copy_(parts.view(-1, GROUP) * step[:, None] + low[:, None])
-        return
-    parts = out.view(-1, each, GROUP // each)
-    for i in range(each):
-        part = codes >> (bits * i) if i > 0 else codes
-        parts[:, i] = part & mask if i < each - 1 else part
-    out.mul_(step[:, None]).add_(low[:, None])
-
-
-def _decode_at_once(codes: Tensor, low: Tensor, step: Tensor, out: Tensor, bits: int) -> None:
-    """Do what `_decode` does, as one loop for a compiler: run as it stands it would hold every intermediate result."""
-    each = 8 // bits
-    shifts = torch.arange(each, dtype=torch.int32, device=codes.device).mul(bits)[None, :, None]
-    code = (codes.int()[:, None] >> shifts) & ((1 << bits) - 1)
-    # In the code's three dimensions: over two, a compiler finds no vectors.
-    out.view(-1, each, GROUP // each).copy_(code.float() * step[:, None, None] + low[:, None, None])
-
-
-def _round_half(x: Tensor, noise: Tensor, out: Tensor) -> None:
-    """Write x (n,) rounded up or down to bfloat16: noise is added below its last bit, and cut off."""
-    x = x.float()
-    below = (noise * (1 << 16)).int()
-    words = (x.view(torch.int32).view(-1, *noise.shape) + below).bitwise_and_(~0xFFFF)
-    rounded = words.view(torch.float32).view(x.shape)
-    # Beyond the largest number the nearest; NaN and infinity as they are.
-    out.copy_(torch.where(rounded - rounded == 0, rounded, x))
 
 
 @cache

@@ -82,6 +82,19 @@ def _prefetch_type(_: Any, array: Any, index: Any) -> Any:
 _prefetch: Loop = intrinsic(_prefetch_type)
 
 
+def _widest_type(_: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite's own `add` knows no attribute that is a text.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return numba.void(), generate
+
+
+# In a loop's body, has it compiled for the widest vectors that there are: where these are of 512 bits, LLVM takes 256.
+widest: Loop = intrinsic(_widest_type)
+
+
 @inner
 def _gather(words: Array, packed: Array) -> None:
     """Write eight bytes, each 0 or not, as the bits of one."""
@@ -214,6 +227,7 @@ def _codes(
     x: Array, base: Any, noise: Array, row: Any, bottom: Any, rate: Any, bits: int, codes: Array, to: Any
 ) -> None:
     """Write the codes of the group from `base`, with the noise from `row`, from `to` on."""
+    widest()
     if bits == 8:
         for n in range(GROUP):
             i = UP(n)
@@ -252,13 +266,14 @@ def encode_group(
 
 
 @threaded
-def encode(x: Array, words: Array, noise: Array, unit: Any, bits: int, codes: Array, least: Array, step: Array) -> None:
-    """Write the codes of the groups x (n,), whose bits are `words`, and their minima and steps (groups,).
+def encode(x: Array, noise: Array, unit: Any, bits: int, codes: Array, least: Array, step: Array) -> None:
+    """Write the codes of the groups x (n,), and their minima and steps (groups,).
 
     The noise (whole groups,) is taken again and again.
     """
-    each = PART // GROUP
+    each, words = PART // GROUP, x.view(np.int32)
     for part in prange((len(step) + each - 1) // each):
+        widest()
         ends = np.empty(2, np.int32)
         numbers = ends.view(np.float32)
         for g in range(part * each, min(len(step), (part + 1) * each)):

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphplan.functions.bits import in_storage_order
-from graphplan.functions.group import GROUP, SIDE_BYTES, SPAN, decodings, encode, mix, quantised_bytes
+from graphplan.functions.group import SIDE_BYTES, decodings, encode, mix, quantised_bytes
+from graphplan.functions.group_kernels import GROUP, SPAN
 from graphplan.functions.register import registered
 
 WIDTHS = (2, 4, 8)

@@ -23,6 +23,7 @@ Test = tuple[int, float, bool]  # of an element: which, of it or its negative, w
 GT, GE, EQ, INSIDE = (GREATER, 1.0, False), (NOT_LESS, 1.0, False), (EQUAL, 1.0, False), (BETWEEN, 1.0, False)
 LT, LE, NE, NOT_LE = (GREATER, -1.0, False), (NOT_LESS, -1.0, False), (EQUAL, 1.0, True), (NOT_LESS, -1.0, True)
 _LARGEST = float(np.finfo(np.float32).max)
+_WORDS = {torch.bool: torch.uint8, torch.bfloat16: torch.uint16}
 _LOCK = Lock()  # one of Numba's pools of threads must not be entered twice
 
 
@@ -51,7 +52,7 @@ def run(name: str, *args: Any) -> None:
 
     found = loops()
     assert found is not None
-    arrays = [_array(a) if isinstance(a, Tensor) else a for a in args]
+    arrays = [array(a) if isinstance(a, Tensor) else a for a in args]
     with _LOCK:
         ours, before = torch.get_num_threads(), numba.get_num_threads()
         threads = min(ours, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -67,10 +68,10 @@ def run(name: str, *args: Any) -> None:
                 torch.set_num_threads(ours)
 
 
-def _array(x: Tensor) -> Any:
+def array(x: Tensor) -> Any:
     """Return the memory of a tensor as an array: bools as bytes, bfloat16 as words."""
-    other = {torch.bool: torch.uint8, torch.bfloat16: torch.uint16}.get(x.dtype)
-    return (x if other is None else x.view(other)).detach().numpy()
+    other = _WORDS.get(x.dtype)
+    return (x if other is None else x.view(other)).numpy(force=x.requires_grad)
 
 
 def number(value: float) -> Any:
@@ -86,12 +87,12 @@ def start_loops() -> None:
     if loops() is None:
         return
     x, byte, mask, one = torch.zeros(256), torch.zeros(256, dtype=torch.uint8), torch.zeros(256) > 0, torch.zeros(1)
-    words, half = x.view(torch.int32), torch.zeros(256, dtype=torch.bfloat16)
+    half = torch.zeros(256, dtype=torch.bfloat16)
     run("pack", x, GREATER, number(1), False, number(0), number(0), byte[:32])
     run("pack_bools", mask, byte[:32])
     run("unpack", byte[:32], mask)
     run("scale", byte, True, number(1), number(0), False, False, x, x, True)
-    run("encode", x, words, x, number(1), 8, byte, one, one)
+    run("encode", x, x, number(1), 8, byte, one, one)
     run("encode_slopes", x, 0, x, number(1), 8, byte, one, one)
     run("decode", byte, one, one, 8, x)
     run("decode_times", byte, one, one, 4, x, x, True)

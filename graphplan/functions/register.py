@@ -22,12 +22,19 @@ _LOCK = Lock()  # a name can be defined once in a process
 def registered(
     schema: str, fake: Function, tags: Sequence[torch.Tag] = ()
 ) -> Callable[[Function], torch._ops.OpOverload]:
-    """Make the decorated function the op of its name; `fake` makes its result without reading values."""
+    """Make the decorated function the op of its name; `fake` makes its result without reading values.
+
+    Not by `torch.library.custom_op`, whose layers of Python take as long again as the call of a small kernel.
+    """
 
     def wrap(function: Function) -> torch._ops.OpOverload:
-        name = f"{NAMESPACE}::{function.__name__}"
-        torch.library.custom_op(name, function, mutates_args=(), schema=schema, tags=tags).register_fake(fake)
-        return getattr(torch.ops.graphplan, function.__name__).default  # type: ignore[no-any-return]
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():  # what is encoded has no derivative
+                return function(*args)
+
+        name = function.__name__
+        _define(f"{name}{schema}", run, fake, tags)
+        return getattr(torch.ops.graphplan, name).default  # type: ignore[no-any-return]
 
     return wrap
 
@@ -56,11 +63,16 @@ def derived(
     name = packet if over is None else f"{packet}.{overload}"
     with _LOCK:
         if name not in _DERIVED:
-            _LIBRARY.define(f"{name}({', '.join([instead, *others])}) -> {returns}")
-            _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+            _define(f"{name}({', '.join([instead, *others])}) -> {returns}", function, fake)
             _DERIVED[name] = getattr(getattr(torch.ops.graphplan, packet), overload)
     return _DERIVED[name]
+
+
+def _define(schema: str, function: Function, fake: Function, tags: Sequence[torch.Tag] = ()) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=tags)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
 def name_of(of: torch._ops.OpOverload, argument: str, suffix: str) -> str:

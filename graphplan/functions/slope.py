@@ -23,19 +23,8 @@ from torch import Tensor
 
 from graphplan.functions import native
 from graphplan.functions.bits import in_storage_order, memory_order
-from graphplan.functions.group import (
-    GROUP,
-    SPAN,
-    code_parts,
-    decode,
-    decodings,
-    encode,
-    mix,
-    noise_table,
-    quantised_bytes,
-    unit_of,
-    whole_groups,
-)
+from graphplan.functions.group import code_parts, decode, decodings, encode, encode_by_loop, mix, quantised_bytes
+from graphplan.functions.group_kernels import GROUP, SPAN
 from graphplan.functions.register import derived, registered
 
 aten = torch.ops.aten
@@ -69,7 +58,7 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
     """
     packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
     if function in LOOPS and native.serves(x) and _agrees(function):
-        _encode_by_loop(packed, flat, LOOPS[function], bits, mix(key, slot))
+        encode_by_loop("encode_slopes", packed, flat, bits, mix(key, slot), LOOPS[function])
         return packed
 
     def load(start: int, stop: int) -> Tensor:
@@ -78,18 +67,6 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
 
     encode(packed, x.numel(), bits, mix(key, slot), load, torch.float32, MOST)
     return packed
-
-
-def _encode_by_loop(packed: Tensor, flat: Tensor, kind: int, bits: int, seed: int) -> None:
-    """Write the code of the derivatives at flat (n,): whole groups, then those of the last one, which is filled up."""
-    numel, place = flat.numel(), seed % SPAN
-    codes, low, step = code_parts(packed, numel, bits)
-    for start, stop in ((0, numel // GROUP * GROUP), (numel // GROUP * GROUP, numel)):
-        if start < stop:
-            x, first = whole_groups(flat[start:stop]).view(-1), place + start % SPAN
-            rows = slice(start // GROUP, -(-stop // GROUP))
-            noise, unit = noise_table(flat.device)[first : first + min(SPAN, len(x))], native.number(unit_of(bits))
-            native.run("encode_slopes", x, kind, noise, unit, bits, codes[rows].view(-1), low[rows], step[rows])
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from graphplan.functions.loops import F32, GROUP, I32, PART, UP, Array, encode_group, inner, threaded
+from graphplan.functions.loops import F32, GROUP, I32, PART, UP, Array, encode_group, inner, threaded, widest
 
 GELU, GELU_TANH, SILU = range(3)
 
@@ -29,6 +29,7 @@ _INNER, _CUBE, _CUBE3 = F32(0.7978845608028654), F32(0.044715), F32(0.134145)
 @inner
 def _exp(z: Array, fraction: Array, whole: Array, power: Array) -> None:
     """Write exp(z) over z (GROUP,), for z within 87 of 0; `power` are `whole`'s bits as float32."""
+    widest()
     for i in range(GROUP):
         v = z[i] if z[i] < _FURTHEST else _FURTHEST
         v = (v if v > -_FURTHEST else -_FURTHEST) * _LOG2E
@@ -43,6 +44,7 @@ def _exp(z: Array, fraction: Array, whole: Array, power: Array) -> None:
 @inner
 def slopes(x: Array, base: Any, kind: int, out: Array, fraction: Array, whole: Array, power: Array) -> None:
     """Write the derivative at the group of x from `base` to out (GROUP,)."""
+    widest()
     for n in range(GROUP):
         v = x[base + UP(n)]
         if kind == GELU:
@@ -76,6 +78,7 @@ def encode_slopes(
     """Write the codes of the derivatives at the groups x (n,), as `loops.encode` does of numbers."""
     each = PART // GROUP
     for part in prange((len(step) + each - 1) // each):
+        widest()
         own, fraction, whole = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32), np.empty(GROUP, np.int32)
         words, power = own.view(np.int32), whole.view(np.float32)
         ends = np.empty(2, np.int32)
