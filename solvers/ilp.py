@@ -21,7 +21,7 @@ from solvers.epochs import Cut, EpochModel
 from solvers.evaluate import Fates, keep_everything, peaks, profiles, to_schedule
 from solvers.greedy import improve, polish, repair
 from solvers.problem import Limits, Problem, Solution, Status
-from solvers.relax import LINEAR_SIZE, LinearProgram, round_all
+from solvers.relax import LINEAR_SIZE, Beside, LinearProgram, round_all
 from solvers.search import Search
 from solvers.simulate import Usage
 from solvers.units import Units, build_units
@@ -34,8 +34,9 @@ LINEAR_ROUNDS = 3
 LINEAR_SHARE = 0.85  # of the time, which linear relaxations after the first leave to the integers
 MENDED = 2  # roundings of one linear program that are repaired, the next one where the last was the best so far
 WIDE = 0.01  # a gap after it for which other plans are
+TIGHTER = (1, 12)  # rows spread over the backward beside peaks, of linear programs that bound a wide gap better
 STARTS, STARTS_SHARE = 4, 0.3  # so many, while this part of the time is left
-STRETCHES, OVERLAP = 4, 0.3  # of the forward, and how much longer than its share of the units each is
+STRETCHES, OVERLAP = (4, 8), 0.3  # of the forward, in turn, and how much longer than its share of the units each is
 STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.1  # of the time for one at most; what they leave
 NEW_ROWS = 3
 FIRST_ROWS = 2  # peaks of each known plan
@@ -68,7 +69,11 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
     shares, near = relax(search, rounds), False
     if before is None:
         mend_checkpoints(search, units)
-        free_stretches(search, rounds)
+        tighter = tighten(search, rounds)
+        for count in STRETCHES:
+            free_stretches(search, rounds, count)
+        if tighter is not None:
+            search.bound_ns = max(search.bound_ns, tighter.wait())
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or closed(search):
             break
@@ -121,10 +126,12 @@ def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> So
 
 
 def bound_any(search: Search, rounds: Rounds) -> int:
-    """Return the best bound on any plan over two row sets: evenly spaced ones are sometimes the stronger."""
+    """Return the best bound on any plan over two row sets, if there is time: spaced ones are sometimes better."""
     budget, search.share = search.problem.budget_bytes, 1.0
     sets = [rounds.rows] if search.any_bound_ns else [spaced_rows(search.problem), rounds.rows]
     for rows in sets:
+        if search.any_bound_ns and search.left() <= 0:
+            break
         found = any_plan_bound(rounds.units, budget, rows, max(ANY_SECONDS, search.left()))
         search.any_bound_ns = max(search.any_bound_ns, found)
     return search.any_bound_ns
@@ -166,6 +173,18 @@ def relax(search: Search, rounds: Rounds) -> Shares:
     return shares
 
 
+def tighten(search: Search, rounds: Rounds) -> Beside | None:
+    """Where a wide gap is left, begin to bound the cost by linear programs over more peaks of the plans at once.
+
+    Rows that are added a few at a time, where roundings break them, are neighbours: a long graph would need dozens.
+    """
+    if closed(search, WIDE):
+        return None
+    sets = (rounds.rows | start_rows(rounds.units, search.fates, spread=spread) for spread in TIGHTER)
+    programs = [LinearProgram(replace(rounds, rows=rows).model()) for rows in sets]
+    return Beside([p for p in programs if len(p) <= LINEAR_SIZE], search.left)
+
+
 def mend_checkpoints(search: Search, units: Units) -> None:
     """Where the linear relaxation left a wide gap, mend the cheapest of the `checkpointed` plans that do not fit."""
     if closed(search, WIDE):
@@ -180,8 +199,8 @@ def mend_checkpoints(search: Search, units: Units) -> None:
             break
 
 
-def free_stretches(search: Search, rounds: Rounds) -> None:
-    """Where a wide gap is left, decide one stretch of the forward after the other, all else as in the best plan.
+def free_stretches(search: Search, rounds: Rounds, count: int) -> None:
+    """Where a wide gap is left, decide one of `count` stretches of the forward after the other, all else as it is best.
 
     Large neighbourhood search (Shaw 1998): what a long graph's whole program does not find in minutes, its quarters
     find in seconds. Proves nothing. Repeated as long as it helps.
@@ -189,7 +208,7 @@ def free_stretches(search: Search, rounds: Rounds) -> None:
     before = None
     while search.cost_ns != before:
         before = search.cost_ns
-        for free in stretches(rounds.units):
+        for free in stretches(rounds.units, count):
             late = search.left() <= STRETCHES_SHARE * search.limits.seconds
             if search.fates is None or late or closed(search, WIDE):
                 return
@@ -205,11 +224,11 @@ def _decide(search: Search, rounds: Rounds, best: Fates, free: set[int]) -> None
     _take(search, rounds, rounds.solve(search.limits, seconds, best, fixed))
 
 
-def stretches(units: Units) -> list[set[int]]:
-    """Return the units by where the forward reads them last, as STRETCHES sets that overlap; the last ones first."""
+def stretches(units: Units, count: int) -> list[set[int]]:
+    """Return the units by where the forward reads them last, as `count` sets that overlap; the last ones first."""
     last = [min((h.last_forward for h in u.fates[0].held), default=0) for u in units.units]
-    order, share = np.argsort(last, kind="stable"), len(last) / STRETCHES
-    ends = [(int(i * share), math.ceil((i + 1 + OVERLAP) * share)) for i in reversed(range(STRETCHES))]
+    order, share = np.argsort(last, kind="stable"), len(last) / count
+    ends = [(int(i * share), math.ceil((i + 1 + OVERLAP) * share)) for i in reversed(range(count))]
     return [set(order[first:end].tolist()) for first, end in ends]
 
 

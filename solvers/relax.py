@@ -7,6 +7,8 @@ program is read off the CP-SAT model, so that there is one formulation.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -113,6 +115,28 @@ class LinearProgram:
         values = result.variable_values()
         optimum = result.objective_value() * self.scale + self.offset
         return [values[v] for v in program.variables()], optimum - MARGIN * abs(optimum)
+
+
+class Beside:
+    """Linear programs that a thread of its own solves, one after the other, on another core than the search."""
+
+    def __init__(self, programs: list[LinearProgram], left: Callable[[], float]) -> None:
+        """Begin; `left()` are the seconds that there are, at most 0 when they are over or the caller cancels."""
+        self.bound, self._left = 0, left
+        self._thread = threading.Thread(target=self._solve, args=(programs,), daemon=True)
+        self._thread.start()
+
+    def _solve(self, programs: list[LinearProgram]) -> None:
+        for program in programs:
+            _, bound = program.solve(self._left()) if self._left() > 0 else (None, -math.inf)
+            if math.isfinite(bound):
+                self.bound = max(self.bound, math.ceil(bound))
+
+    def wait(self) -> int:
+        """Return the best bound on the objective as soon as all are solved, or time is over; 0 where there is none."""
+        while self._thread.is_alive() and self._left() > 0:
+            self._thread.join(0.05)
+        return self.bound
 
 
 def round_all(model: EpochModel, values: list[float]) -> Fates:

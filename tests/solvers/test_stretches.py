@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from solvers import Limits, Problem, simulate
 from solvers.evaluate import keep_everything, profiles
 from solvers.greedy import improve
-from solvers.ilp import OVERLAP, STRETCHES, Rounds, free_stretches, stretches
+from solvers.ilp import OVERLAP, STRETCHES, Rounds, free_stretches, stretches, tighten
+from solvers.relax import LinearProgram
 from solvers.search import Search
 from solvers.units import build_units
 from tests.solvers.problems import random_problem
@@ -21,11 +23,13 @@ STORED = Path(__file__).parents[2] / "bench" / "problems"
 @pytest.mark.parametrize("seed", range(20))
 def test_stretches_cover_all_units_and_overlap(seed: int) -> None:
     units = build_units(random_problem(51_000 + seed, 14))
-    count, found = len(units.units), stretches(units)
-    assert set().union(*found) == set(range(count))
-    assert all(len(free) <= (1 + OVERLAP) * count / STRETCHES + 2 for free in found)
-    if count >= 4 * STRETCHES:
-        assert all(a & b for a, b in pairwise(found))
+    count = len(units.units)
+    for parts in STRETCHES:
+        found = stretches(units, parts)
+        assert set().union(*found) == set(range(count))
+        assert all(len(free) <= (1 + OVERLAP) * count / parts + 2 for free in found)
+        if count >= 4 * parts:
+            assert all(a & b for a, b in pairwise(found))
 
 
 def test_they_help_a_long_graph() -> None:
@@ -39,8 +43,25 @@ def test_they_help_a_long_graph() -> None:
     before = search.cost_ns
     assert before is not None
     search.bound_ns = 0
-    free_stretches(search, Rounds.after(None, units, search))
+    free_stretches(search, Rounds.after(None, units, search), STRETCHES[0])
     assert search.cost_ns is not None
     assert search.cost_ns < before
     assert search.schedule is not None
     assert simulate(tight, search.schedule).peak_bytes <= tight.budget_bytes
+
+
+def test_more_rows_bound_a_long_graph_better() -> None:
+    """The bound that a few peaks at once give is above that of the first rows, and of no plan."""
+    problem = Problem.from_json((STORED / "lstm_small.json").read_text())
+    units = build_units(problem)
+    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
+    tight = problem.with_budget(int(0.6 * top))
+    search, units = Search(tight, Limits(seconds=60), "ilp"), build_units(tight)
+    improve(search, units, keep_everything(units), tries=0)
+    rounds = Rounds.after(None, units, search)
+    _, first = LinearProgram(rounds.model()).solve(30)
+    search.bound_ns = math.ceil(first)
+    tighter = tighten(search, rounds)
+    assert tighter is not None
+    assert search.cost_ns is not None
+    assert first < tighter.wait() <= search.cost_ns
