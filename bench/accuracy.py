@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pydoc_data.topics
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import graphplan
 from bench.ground import Ground, joint_noise, plan_of, prepared_ground, turn_only
 from bench.hybrid import all_encoded
-from bench.page import write_between
+from bench.page import between, write_between
 from bench.processes import RESULTS, run_again, save_row
 from graphplan import functions
 from graphplan.codecs.lossy import LEAST_BYTES
@@ -211,29 +212,43 @@ def _any_noise(problem: Any) -> Any:
     return replace(problem, noise_limit_ppb=1 << 62)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return mean and deviation over the seeds, as Markdown."""
+def table(rows: list[dict[str, Any]], before: str = "") -> str:
+    """Return mean and deviation over the seeds, as Markdown; of what has no rows here the line of the table `before`.
+
+    Where the rows of "exact" are not here either, its mean and deviation are read there.
+    """
+    stood = {tuple(line.split(" | ")[:2]): line for line in before.splitlines() if " | " in line}
     lines = ["| task | method | held across the turn | noise predicted | measured, first batch | measured, trained |"]
     lines[0] += " score, mean and deviation | seeds | |"
     lines.append("|" + "---|" * 9)
     for name, make in TASKS.items():
         task = make()
         own = [r for r in rows if r["task"] == task.model]
-        exact = [r["score"] for r in own if r["method"] == METHODS[0]]
+        exact = _spread(own, stood.get((f"| {name} ({task.unit})", METHODS[0]), ""))
         for method in METHODS:
             found = [r for r in own if r["method"] == method]
             if not found:
+                lines += [line] if (line := stood.get((f"| {name} ({task.unit})", method))) else []
                 continue
             scores = [r["score"] for r in found]
             mean, verdict, score = statistics.mean(scores), "", f"{scores[0]:.3f}"
-            if len(scores) > 1 and len(exact) > 1:  # one seed says nothing of the spread
+            if len(scores) > 1 and exact is not None:  # one seed says nothing of the spread
                 score = f"{mean:.3f} ± {statistics.stdev(scores):.3f}"
-                within = abs(mean - statistics.mean(exact)) <= statistics.stdev(exact)
+                within = abs(mean - exact[0]) <= exact[1]
                 verdict = "within one deviation of exact" if within else "outside"
             cells = [f"{name} ({task.unit})", method, *(_mean(found, k) for k in ("held", "noise"))]
             cells += [*(_mean(found, k) for k in ("noise_first", "noise_last")), score, str(len(found)), verdict]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _spread(rows: list[dict[str, Any]], line: str) -> tuple[float, float] | None:
+    """Return mean and deviation of "exact", from its rows or from its line; None where neither has any."""
+    exact = [r["score"] for r in rows if r["method"] == METHODS[0]]
+    if len(exact) > 1:
+        return statistics.mean(exact), statistics.stdev(exact)
+    found = re.search(r"([\d.]+) ± ([\d.]+)", line)
+    return (float(found[1]), float(found[2])) if found else None
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:
@@ -244,6 +259,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--one", nargs=3, metavar=("TASK", "METHOD", "SEED"), help=argparse.SUPPRESS)
@@ -256,11 +272,12 @@ def main() -> None:
         return
     for seed in range(args.seeds):
         for name in args.tasks:
-            for method in METHODS:
+            for method in args.methods:
                 if (RESULTS / f"accuracy_{name}_{METHODS.index(method)}_{seed}.json").exists():
                     continue  # a run that was broken off goes on
                 run_again("accuracy", "--one", name, method, seed)
-    text = table([json.loads(p.read_text()) for p in sorted(RESULTS.glob("accuracy_*.json"))])
+    before = between(args.write, "accuracy") if args.write else ""
+    text = table([json.loads(p.read_text()) for p in sorted(RESULTS.glob("accuracy_*.json"))], before)
     print(text)
     if args.write:
         write_between(args.write, "accuracy", text)
