@@ -73,7 +73,7 @@ def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 def encode_by_loop(name: str, packed: Tensor, flat: Tensor, bits: int, seed: int, *given: Any) -> None:
     """Write the code of flat (n,), or of what the loop makes of it and of `given`, as `encode` does.
 
-    What is cut up are arrays, not tensors: each of torch's functions that has left the caches takes 50 us (DECISIONS 61).
+    What is cut up are arrays, not tensors: a torch function that has left the caches takes 50 us (DECISIONS 61).
     """
     x, memory, table, place = *map(native.array, (flat, packed, noise_table(packed.device))), seed % SPAN
     groups, each, unit = -(-len(x) // GROUP), GROUP * bits // 8, native.number(kernels.unit_of(bits))
