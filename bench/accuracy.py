@@ -179,7 +179,8 @@ def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple
     here = prepared_ground(model, first, task.loss_fn, None, time_limit=5, gradient_noise=cap)
     problem = here.prepared.problem
     schedule = problem.program
-    if method.startswith("uniform"):
+    if method.startswith("uniform"):  # refused ones, too
+        here = replace(here, prepared=replace(here.prepared, problem=_any_noise(problem)))
         schedule = tuple(all_encoded(here, "int4")[0])
     elif method.startswith("noise"):
         whole = problem.noise_limit_ppb
