@@ -34,7 +34,8 @@ def registered(
 
         name = function.__name__
         _define(f"{name}{schema}", run, fake, tags)
-        return getattr(torch.ops.graphplan, name).default  # type: ignore[no-any-return]
+        op: torch._ops.OpOverload = getattr(torch.ops.graphplan, name).default
+        return op
 
     return wrap
 

@@ -14,10 +14,21 @@ from solvers.greedy import improve
 from solvers.ilp import OVERLAP, STRETCHES, Rounds, free_stretches, stretches, tighten
 from solvers.relax import LinearProgram
 from solvers.search import Search
-from solvers.units import build_units
+from solvers.units import Units, build_units
 from tests.solvers.problems import random_problem
 
 STORED = Path(__file__).parents[2] / "bench" / "problems"
+
+
+def recurrent() -> tuple[Search, Units]:
+    """Return a search on a recurrent graph of 541 ops at 0.6 of its peak, with the plan of single flips."""
+    problem = Problem.from_json((STORED / "lstm_small.json").read_text())
+    units = build_units(problem)
+    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
+    tight = problem.with_budget(int(0.6 * top))
+    search, units = Search(tight, Limits(seconds=60), "ilp"), build_units(tight)
+    improve(search, units, keep_everything(units), tries=0)
+    return search, units
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -33,13 +44,8 @@ def test_stretches_cover_all_units_and_overlap(seed: int) -> None:
 
 
 def test_they_help_a_long_graph() -> None:
-    """A recurrent graph of 541 ops at a third of its range: what single flips leave, stretches find."""
-    problem = Problem.from_json((STORED / "lstm_small.json").read_text())
-    units = build_units(problem)
-    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
-    tight = problem.with_budget(int(0.6 * top))
-    search, units = Search(tight, Limits(seconds=60), "ilp"), build_units(tight)
-    improve(search, units, keep_everything(units), tries=0)
+    """What single flips leave, stretches find."""
+    search, units = recurrent()
     before = search.cost_ns
     assert before is not None
     search.bound_ns = 0
@@ -47,17 +53,12 @@ def test_they_help_a_long_graph() -> None:
     assert search.cost_ns is not None
     assert search.cost_ns < before
     assert search.schedule is not None
-    assert simulate(tight, search.schedule).peak_bytes <= tight.budget_bytes
+    assert simulate(search.problem, search.schedule).peak_bytes <= search.problem.budget_bytes
 
 
 def test_more_rows_bound_a_long_graph_better() -> None:
     """The bound that a few peaks at once give is above that of the first rows, and of no plan."""
-    problem = Problem.from_json((STORED / "lstm_small.json").read_text())
-    units = build_units(problem)
-    top = int(profiles(units, keep_everything(units)[None, :]).peak_bytes()[0])
-    tight = problem.with_budget(int(0.6 * top))
-    search, units = Search(tight, Limits(seconds=60), "ilp"), build_units(tight)
-    improve(search, units, keep_everything(units), tries=0)
+    search, units = recurrent()
     rounds = Rounds.after(None, units, search)
     _, first = LinearProgram(rounds.model()).solve(30)
     search.bound_ns = math.ceil(first)
