@@ -8,6 +8,7 @@ and `simulate` judges it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,7 +140,7 @@ class Profiles:
 
     def excess(self, budget_bytes: float) -> NDArray[np.float64]:
         """Return the area above the budget of each plan: bytes times positions; infinite if it is refused."""
-        area = np.maximum(self.bytes_at - budget_bytes, 0).sum(axis=0, dtype=np.float64)
+        area = np.maximum(self.bytes_at - math.floor(budget_bytes), 0).sum(axis=0, dtype=np.float64)
         return np.where(self.refused, np.inf, area)
 
 

@@ -10,6 +10,8 @@ where others change more.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from solvers.evaluate import Fates
@@ -63,7 +65,7 @@ def joined(*several: Int64) -> Int64:
 
 def try_moves(units: Units, fates: Fates, some: Int64, budget: float) -> tuple[Int64, np.ndarray, Int64]:
     """Return cost, area above the budget, and peak after each move."""
-    from solvers.sweep import outcomes
+    from solvers.changes import outcomes
 
     some = np.ascontiguousarray(joined(some))  # one type of argument: each is compiled for on its own
-    return outcomes(units.tables, fates.astype(np.int64), some, float(budget))
+    return outcomes(units.tables, fates.astype(np.int64), some, math.floor(budget))

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from solvers.tables import CLASH_NS, Int64, Tables
+from solvers.tables import CLASH_NS, Int64, Records, Tables
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -22,121 +22,106 @@ Result = TypeVar("Result")
 def compiled(function: Callable[Params, Result]) -> Callable[Params, Result]:
     """Return the function compiled for the types of its first call; what is compiled is kept where a disk allows it."""
     try:
-        made = numba.njit(cache=True)(function)
+        made: object = numba.njit(cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written to
         made = numba.njit(function)
     return cast(Callable[Params, Result], made)
 
 
 @compiled
-def _place(t: Tables, fates: Int64, need: Int64, last: Int64, delta: Int64, burst: Int64, coding: Int64) -> int:
-    """Write what a plan adds to `base`; return its cost.
+def place(  # noqa: C901
+    t: Tables, plan: Int64, time: Int64, last: Int64, delta: Int64, burst: Int64, coding: Int64
+) -> int:
+    """Write when each unit is restored, and what a plan adds to the bytes that are always there; return its cost.
 
-    Of each slot: `need` is the first restore that reads it, `last` the last one. Of each position: `delta` is the
-    change of bytes there, `burst` the largest restore right before it, `coding` the encodes right after it.
+    Of each unit: `time` is the position right before which it is restored. Of each slot: `last` is the last restore
+    that reads it. Of each position: `delta` is the change of bytes there, `burst` the largest restore right before it,
+    `coding` the encodes right after it. In one piece: handing a dozen arrays to a function costs as much as its work.
     """
-    never, cost = len(t.base), t.program_cost_ns
-    need[:], last[:], delta[:], burst[:], coding[:] = never, -1, 0, 0, 0
-    for a in range(len(fates) - 1, -1, -1):
-        f = t.first_fate[a] + fates[a]
-        cost += t.cost_ns[f]
-        time = t.first_read[f]
-        if t.restores[f]:
-            for h in range(t.first_held[f], t.first_held[f + 1]):
-                if t.held_dropped[h]:
-                    time = min(time, need[t.held_slot[h]])
-        for h in range(t.first_held[f], t.first_held[f + 1]):
-            start = time if t.held_dropped[h] else t.held_forward[h] + 1
-            end = max(last[t.held_slot[h]], t.held_backward[h], start - 1 + t.held_dropped[h])
-            delta[start] += t.held_bytes[h]
-            delta[end + 1] -= t.held_bytes[h]
-        if t.restores[f] and time < never:
-            cost += t.restore_ns[f]
-            burst[time] = max(burst[time], t.transient[f])
-            for p in range(t.first_parent[f], t.first_parent[f + 1]):
-                slot = t.parent_slot[p]
-                need[slot] = min(need[slot], time)
-                last[slot] = max(last[slot], time)
-        if t.encode_at[f] >= 0:
-            start = t.encode_at[f] + 1
-            end = max(t.encoded_until[f], start, time if t.decodes[f] and time < never else -1)
-            delta[start] += t.encoded[f]
-            delta[end + 1] -= t.encoded[f]
-            coding[start - 1] += t.encoding[f]
-        for s in range(t.first_swap[f], t.first_swap[f + 1]):
-            delta[t.swap_at[s]] += t.swap_bytes[s]
-            delta[t.swap_at[s] + 1] -= t.swap_bytes[s]
+    first_fate, fate, held, parent, swap, slot = t.first_fate, t.fate, t.held, t.parent, t.swap, t.slot
+    never, cost = len(t.position), t.program_cost_ns
+    need = np.full(len(slot), never, np.int64)  # the first restore that reads a slot
+    last[:], delta[:], burst[:], coding[:] = -1, 0, 0, 0
+    for a in range(len(plan) - 1, -1, -1):
+        f = first_fate[a] + plan[a]
+        cost += fate[f].cost_ns
+        when = fate[f].first_read
+        if fate[f].restores:
+            for h in range(fate[f].held, fate[f + 1].held):
+                if held[h].dropped:
+                    when = min(when, need[held[h].slot])
+        time[a] = when
+        for h in range(fate[f].held, fate[f + 1].held):
+            start = when if held[h].dropped else held[h].forward + 1
+            end = max(last[held[h].slot], held[h].backward, start - 1 + held[h].dropped)
+            delta[start] += held[h].bytes
+            delta[end + 1] -= held[h].bytes
+        if fate[f].restores and when < never:
+            cost += fate[f].restore_ns
+            burst[when] = max(burst[when], fate[f].transient)
+            for p in range(fate[f].parent, fate[f + 1].parent):
+                s = parent[p]
+                if slot[s].unit != a:
+                    need[s] = min(need[s], when)
+                    last[s] = max(last[s], when)
+        if fate[f].encode_at >= 0:
+            start = fate[f].encode_at + 1
+            end = max(fate[f].encoded_until, start, when if fate[f].decodes and when < never else -1)
+            delta[start] += fate[f].encoded
+            delta[end + 1] -= fate[f].encoded
+            coding[start - 1] += fate[f].encoding
+        for w in range(fate[f].swap, fate[f + 1].swap):
+            delta[swap[w].at] += swap[w].bytes
+            delta[swap[w].at + 1] -= swap[w].bytes
     return cost
 
 
 @compiled
-def _fill(t: Tables, delta: Int64, burst: Int64, coding: Int64, level: Int64) -> None:
-    """Write the bytes in use at each position, restores before it and encodes after it included."""
-    held = 0
+def fill(position: Records, delta: Int64, burst: Int64, coding: Int64, held: Int64, level: Int64) -> None:
+    """Write what is held, and the bytes in use at each position, restores before it and encodes after it included."""
+    now = 0
     for i in range(len(level)):
-        held += delta[i]
-        plain = t.base[i] + held
-        restoring = plain - t.own[i] + burst[i] if burst[i] > 0 else plain
-        encoding = plain - t.workspace[i] + coding[i] if coding[i] > 0 else plain
+        now += delta[i]
+        held[i] = plain = position[i].base + now
+        restoring = plain - position[i].own + burst[i] if burst[i] > 0 else plain
+        encoding = plain - position[i].workspace + coding[i] if coding[i] > 0 else plain
         level[i] = max(plain, restoring, encoding)
 
 
 @compiled
-def _clashing(t: Tables, fates: Int64) -> int:
+def clashing(t: Tables, plan: Int64) -> int:
     """Return how many choices ask two alternatives for one op."""
-    found = 0
-    for g in range(len(t.first_clash) - 1):
+    first_clash, clash, found = t.first_clash, t.clash, 0
+    for g in range(len(first_clash) - 1):
         chosen = 0
-        for c in range(t.first_clash[g], t.first_clash[g + 1]):
-            chosen += fates[t.clash_unit[c]] == t.clash_fate[c]
+        for c in range(first_clash[g], first_clash[g + 1]):
+            chosen += plan[clash[c].unit] == clash[c].fate
         found += max(chosen - 1, 0)
     return found
 
 
 @compiled
-def _refused(t: Tables, fates: Int64) -> bool:
-    """Return whether a plan makes more noise than the problem allows."""
-    noise = 0
-    for a in range(len(fates)):
-        noise += t.noise_ppb[t.first_fate[a] + fates[a]]
-    return noise > t.noise_limit_ppb
+def noise_of(t: Tables, plan: Int64) -> int:
+    """Return the noise of a plan in ppb."""
+    first_fate, fate, noise = t.first_fate, t.fate, 0
+    for a in range(len(plan)):
+        noise += fate[first_fate[a] + plan[a]].noise_ppb
+    return noise
 
 
 @compiled
 def levels(t: Tables, plans: Int64) -> tuple[Int64, Int64, NDArray[np.bool_]]:
     """Return for each plan (plan, unit) its cost, its bytes (plan, position), and whether it is refused."""
-    count, n = len(plans), len(t.base)
+    count, position = len(plans), t.position
+    n = len(position)
     cost, level = np.empty(count, np.int64), np.empty((count, n), np.int64)
     refused = np.empty(count, np.bool_)
-    need, last = np.empty(t.slots, np.int64), np.empty(t.slots, np.int64)
+    time, last = np.empty(plans.shape[1], np.int64), np.empty(len(t.slot), np.int64)
     delta, burst, coding = np.empty(n + 2, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
+    held = np.empty(n, np.int64)
     for k in range(count):
-        clashing = _clashing(t, plans[k])
-        cost[k] = _place(t, plans[k], need, last, delta, burst, coding) + CLASH_NS * clashing
-        refused[k] = clashing > 0 or _refused(t, plans[k])
-        _fill(t, delta, burst, coding, level[k])
+        clashes = clashing(t, plans[k])
+        cost[k] = place(t, plans[k], time, last, delta, burst, coding) + CLASH_NS * clashes
+        refused[k] = clashes > 0 or noise_of(t, plans[k]) > t.noise_limit_ppb
+        fill(position, delta, burst, coding, held, level[k])
     return cost, level, refused
-
-
-@compiled
-def outcomes(t: Tables, fates: Int64, some: Int64, budget: float) -> tuple[Int64, NDArray[np.float64], Int64]:
-    """Return for each of `some` moves (move, change, 2: unit and fate) the cost, area above the budget and peak."""
-    count, n = len(some), len(t.base)
-    cost, area, peak = np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64)
-    need, last, level = np.empty(t.slots, np.int64), np.empty(t.slots, np.int64), np.empty(n, np.int64)
-    delta, burst, coding = np.empty(n + 2, np.int64), np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
-    plan = fates.copy()
-    for k in range(count):
-        for c in range(some.shape[1]):
-            plan[some[k, c, 0]] = some[k, c, 1]
-        clashing = _clashing(t, plan)
-        cost[k] = _place(t, plan, need, last, delta, burst, coding) + CLASH_NS * clashing
-        _fill(t, delta, burst, coding, level)
-        top, above = 0, 0.0
-        for i in range(n):
-            top = max(top, level[i])
-            above += max(level[i] - budget, 0.0)
-        peak[k], area[k] = top, np.inf if clashing > 0 or _refused(t, plan) else above
-        for c in range(some.shape[1]):
-            plan[some[k, c, 0]] = fates[some[k, c, 0]]
-    return cost, area, peak

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import accumulate, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,51 +13,52 @@ from solvers.fates import Fate
 from solvers.problem import Problem, ValueId
 
 Int64 = NDArray[np.int64]
+Records = NDArray[Any]  # rows with named columns of integers
 Clashes = Sequence[Sequence[tuple[int, int]]]
 CLASH_NS = 1 << 50  # added to the cost of a fate vector that asks two alternatives for one op
 
 
+FATE = np.dtype(
+    [
+        ("cost_ns", np.int64),
+        ("noise_ppb", np.int64),
+        ("restores", np.int64),  # whether it has a restore
+        ("restore_ns", np.int64),
+        ("first_read", np.int64),
+        ("transient", np.int64),  # bytes while restoring, at least one
+        ("encode_at", np.int64),  # -1: it does not encode
+        ("encoding", np.int64),  # bytes while encoding
+        ("encoded", np.int64),  # bytes of the encoding
+        ("encoded_until", np.int64),
+        ("decodes", np.int64),
+        ("held", np.int64),  # where its rows of `Tables.held` begin; they end where those of the next fate begin
+        ("parent", np.int64),
+        ("swap", np.int64),
+    ]
+)
+HELD = np.dtype([(name, np.int64) for name in ("slot", "bytes", "forward", "backward", "dropped")])
+SWAP = np.dtype([("at", np.int64), ("bytes", np.int64)])
+SLOT = np.dtype([("unit", np.int64), ("reader", np.int64)])  # its owner, and where its rows of `Tables.reader` begin
+CHOICE = np.dtype([("unit", np.int64), ("fate", np.int64)])
+POSITION = np.dtype([("base", np.int64), ("own", np.int64), ("workspace", np.int64)])
+
+
 class Tables(NamedTuple):
-    """Fates are numbered through: those of unit a begin at `first_fate[a]`. `first_*[i]` is where the rows of i begin,
-    and there is one more of them than of i. Positions are program positions, `len(base)` for "never"; a slot is the
-    number of a value that some unit owns.
+    """Fates are numbered through: those of unit a begin at `first_fate[a]`. Positions are program positions,
+    `len(position)` for "never"; a slot is the number of a value that some unit owns. Where rows of one array belong to
+    a row of another, there is one row more of that.
     """
 
     first_fate: Int64
-    # of each fate
-    cost_ns: Int64
-    noise_ppb: Int64
-    restores: Int64  # whether it has a restore
-    restore_ns: Int64
-    first_read: Int64
-    transient: Int64  # bytes while restoring, at least one
-    encode_at: Int64  # -1: it does not encode
-    encoding: Int64  # bytes while encoding
-    encoded: Int64  # bytes of the encoding
-    encoded_until: Int64
-    decodes: Int64
-    # of each value that a fate holds
-    first_held: Int64
-    held_slot: Int64
-    held_bytes: Int64
-    held_forward: Int64
-    held_backward: Int64
-    held_dropped: Int64
-    # of what a fate's restore reads, and of the workspace that its alternatives add
-    first_parent: Int64
-    parent_slot: Int64
-    first_swap: Int64
-    swap_at: Int64
-    swap_bytes: Int64
-    # of each group of (unit, fate) pairs of which one may hold
+    fate: Records  # FATE
+    held: Records  # HELD: a value that a fate holds
+    parent: Int64  # slots that a fate's restore reads
+    swap: Records  # SWAP: workspace that a fate's alternatives add
+    slot: Records  # SLOT
+    reader: Records  # CHOICE: the fates, numbered through, of other units whose restores read a slot
     first_clash: Int64
-    clash_unit: Int64
-    clash_fate: Int64
-    # of each position
-    base: Int64
-    own: Int64
-    workspace: Int64
-    slots: int
+    clash: Records  # CHOICE: of each group one may hold
+    position: Records  # POSITION
     program_cost_ns: int
     noise_limit_ppb: int
 
@@ -70,48 +71,68 @@ def tabulate(
     positions: tuple[Int64, Int64, Int64],
 ) -> Tables:
     """Return the tables of units with the fates `each`; `positions` are base, own and workspace bytes."""
-    never, fates = len(problem.program), [f for own in each for f in own]
-    held = [h for f in fates for h in f.held]
+    fates = [f for own in each for f in own]
     parents = [[slot[v] for v in f.parents if v in slot] for f in fates]
-    swaps = [pair for f in fates for pair in f.swaps]
-    pairs = [pair for group in clashes for pair in group]
+    owner = _owners(each, slot)
+    readers = _readers(each, parents, owner)
     scratch = [0 if f.encode is None else problem.ops[f.encode].workspace_bytes for f in fates]
+    firsts = zip(_firsts([f.held for f in fates]), _firsts(parents), _firsts([f.swaps for f in fates]), strict=True)
+    rows = [*map(_row, fates, scratch, repeat(len(problem.program))), (0,) * 11]
     return Tables(
         _firsts(each),
-        _ints(f.cost_ns for f in fates),
-        _ints(f.noise_ppb for f in fates),
-        _ints(bool(f.restore) for f in fates),
-        _ints(f.restore_ns for f in fates),
-        _ints(f.first_read if f.restore else never for f in fates),
-        _ints(max(f.transient_bytes, 1) for f in fates),
-        _ints(-1 if f.encode is None else f.encode_at for f in fates),
-        _ints(f.encoded_bytes + more for f, more in zip(fates, scratch, strict=True)),
-        _ints(f.encoded_bytes for f in fates),
-        _ints(f.encoded_until for f in fates),
-        _ints(f.decodes for f in fates),
-        _firsts([f.held for f in fates]),
-        _ints(slot[h.value] for h in held),
-        _ints(h.size_bytes for h in held),
-        _ints(h.last_forward for h in held),
-        _ints(h.last_backward for h in held),
-        _ints(h.dropped for h in held),
-        _firsts(parents),
-        _ints(s for some in parents for s in some),
-        _firsts([f.swaps for f in fates]),
-        _ints(t for t, _ in swaps),
-        _ints(more for _, more in swaps),
+        np.array([(*row, *first) for row, first in zip(rows, firsts, strict=True)], FATE),
+        np.array(
+            [(slot[h.value], h.size_bytes, h.last_forward, h.last_backward, h.dropped) for f in fates for h in f.held],
+            HELD,
+        ),
+        np.fromiter((s for some in parents for s in some), np.int64),
+        np.array([pair for f in fates for pair in f.swaps], SWAP),
+        np.array(list(zip([*owner, 0], _firsts(readers), strict=True)), SLOT),
+        np.array([pair for some in readers for pair in some], CHOICE),
         _firsts(clashes),
-        _ints(a for a, _ in pairs),
-        _ints(m for _, m in pairs),
-        *positions,
-        len(slot),
+        np.array([pair for group in clashes for pair in group], CHOICE),
+        np.array(list(zip(*positions, strict=True)), POSITION),
         problem.program_cost_ns(),
         problem.noise_limit_ppb,
     )
 
 
-def _ints(numbers: Iterable[int]) -> Int64:
-    return np.fromiter(numbers, np.int64)
+def _row(f: Fate, scratch_bytes: int, never: int) -> tuple[int, ...]:
+    """Return the columns of FATE up to those that say where rows begin."""
+    return (
+        f.cost_ns,
+        f.noise_ppb,
+        bool(f.restore),
+        f.restore_ns,
+        f.first_read if f.restore else never,
+        max(f.transient_bytes, 1),
+        -1 if f.encode is None else f.encode_at,
+        f.encoded_bytes + scratch_bytes,
+        f.encoded_bytes,
+        f.encoded_until,
+        f.decodes,
+    )
+
+
+def _owners(each: Sequence[tuple[Fate, ...]], slot: dict[ValueId, int]) -> list[int]:
+    owner = [0] * len(slot)
+    for a, own in enumerate(each):
+        for h in own[0].held:
+            owner[slot[h.value]] = a
+    return owner
+
+
+def _readers(
+    each: Sequence[tuple[Fate, ...]], parents: list[list[int]], owner: list[int]
+) -> list[list[tuple[int, int]]]:
+    """Return the (unit, fate) pairs that read each slot, of other units than its own."""
+    readers: list[list[tuple[int, int]]] = [[] for _ in owner]
+    units = (a for a, own in enumerate(each) for _ in own)
+    for f, (a, slots) in enumerate(zip(units, parents, strict=True)):
+        for s in dict.fromkeys(slots):
+            if owner[s] != a:
+                readers[s].append((a, f))
+    return readers
 
 
 def _firsts(groups: Sequence[Sequence[object]]) -> Int64:
