@@ -16,7 +16,7 @@ from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
 from solvers.checkpoints import checkpointed
 from solvers.evaluate import Fates, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import improve, polish
-from solvers.ilp import answer_any, closed, prove
+from solvers.ilp import answer_any, prove
 from solvers.least import Least, find_least, remembered
 from solvers.problem import Limits, Problem, Solution, Status
 from solvers.search import Search
@@ -35,7 +35,7 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     start, floor = keep_everything(units), cost_floor(problem, units)
     search.offer(problem.program, start)
     search.bound_ns = floor
-    if closed(search):
+    if search.closed():
         return replace(search.answer(floor, ANY_PLAN), any_bound_ns=floor)
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)

@@ -41,6 +41,7 @@ class EpochModel:
         self.by: dict[tuple[int, int], list[cp_model.IntVar]] = {}
         self.readers: dict[ValueId, list[tuple[int, int]]] = {}
         self.peak: cp_model.IntVar | None = None
+        self.fixed: list[int] = []  # literals that `fix` made true
         self.again = [[rewrites(units.problem, f) for f in u.fates] for u in units.units]
         self.soft: dict[int, list[Held]] = {}
         for a, h in units.soft.values():
@@ -247,8 +248,18 @@ class EpochModel:
         elif budget_bytes is not None and reached > budget_bytes:
             self.model.add_bool_or([x.Not() for x in literals])
 
+    def fix(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Let these (unit, fate) pairs hold, and every other unit have any fate."""
+        proto = self.model.proto.variables
+        for x in self.fixed:
+            proto[x].domain[0] = 0
+        self.fixed = [self.chosen[a][m].index for a, m in pairs if len(self.chosen[a]) > 1]
+        for x in self.fixed:
+            proto[x].domain[0] = 1
+
     def hint(self, fates: Fates) -> None:
         """Suggest a fate vector to the search."""
+        self.model.clear_hints()  # type: ignore[no-untyped-call]
         for literals, m in zip(self.chosen, fates, strict=True):
             if len(literals) > 1:
                 for k, x in enumerate(literals):

@@ -14,8 +14,9 @@ from solvers.auto import offer_known, relax
 from solvers.bounds import ANY_PLAN, cost_floor
 from solvers.evaluate import Fates, keep_everything
 from solvers.greedy import improve
-from solvers.ilp import Rounds, closed, prove
+from solvers.ilp import prove
 from solvers.problem import Limits, Problem, Solution, Status
+from solvers.rounds import Rounds
 from solvers.search import Search
 from solvers.units import Units, build_units
 
@@ -48,7 +49,7 @@ def _member(problem: Problem, units: Units, limits: Limits, before: Rounds | Non
     search = Search(problem, limits, "family")
     search.bound_ns = cost_floor(problem, units)
     search.offer(problem.program, keep_everything(units))
-    if closed(search):
+    if search.closed():
         return replace(search.answer(search.bound_ns, ANY_PLAN), any_bound_ns=search.bound_ns), before
     for fates in _starts(search, units):
         relax(search, units, fates)

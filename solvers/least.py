@@ -22,11 +22,11 @@ from solvers.checkpoints import checkpointed
 from solvers.epochs import EpochModel
 from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import descend, evaluation, polish
-from solvers.ilp import Rounds, new_rows, start_rows
 from solvers.ladder import Low, better, kick, low_of, lower, near
 from solvers.moves import flips
 from solvers.problem import Limits, Problem, Schedule, Solution, Status
 from solvers.relax import COEFFICIENT, LinearProgram, round_all
+from solvers.rounds import Rounds, new_rows, start_rows
 from solvers.search import Search
 from solvers.simulate import simulate
 from solvers.units import Units, build_units

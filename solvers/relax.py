@@ -118,22 +118,21 @@ class LinearProgram:
 
 
 class Beside:
-    """Linear programs that a thread of its own solves, one after the other, on another core than the search."""
+    """A linear program that a thread of its own solves, on another core than the search."""
 
-    def __init__(self, programs: list[LinearProgram], left: Callable[[], float]) -> None:
+    def __init__(self, program: LinearProgram, left: Callable[[], float]) -> None:
         """Begin; `left()` are the seconds that there are, at most 0 when they are over or the caller cancels."""
         self.bound, self._left = 0, left
-        self._thread = threading.Thread(target=self._solve, args=(programs,), daemon=True)
+        self._thread = threading.Thread(target=self._solve, args=(program,), daemon=True)
         self._thread.start()
 
-    def _solve(self, programs: list[LinearProgram]) -> None:
-        for program in programs:
-            _, bound = program.solve(self._left()) if self._left() > 0 else (None, -math.inf)
-            if math.isfinite(bound):
-                self.bound = max(self.bound, math.ceil(bound))
+    def _solve(self, program: LinearProgram) -> None:
+        _, bound = program.solve(self._left())
+        if math.isfinite(bound):
+            self.bound = math.ceil(bound)
 
     def wait(self) -> int:
-        """Return the best bound on the objective as soon as all are solved, or time is over; 0 where there is none."""
+        """Return the bound on the objective as soon as it is there, or 0 when time is over."""
         while self._thread.is_alive() and self._left() > 0:
             self._thread.join(0.05)
         return self.bound

@@ -46,6 +46,12 @@ class Search:
             return 0.0
         return self.share * self.limits.seconds - self.seconds()
 
+    def closed(self, gap: float = 0.0) -> bool:
+        """Return whether the best plan meets the bound to within a gap, or to within the one asked for."""
+        if self.cost_ns is None or self.bound_ns is None:
+            return False
+        return self.cost_ns - self.bound_ns <= max(gap, self.limits.gap) * self.cost_ns
+
     def offer(self, schedule: Schedule, fates: Fates | None = None) -> Usage:
         """Simulate a schedule, remember it if it is the best so far, and return its Usage."""
         usage = simulate(self.problem, schedule)

@@ -7,9 +7,10 @@ import pytest
 
 from solvers import Limits, Op, Problem, Status, simulate, solve
 from solvers.evaluate import keep_everything, profiles
-from solvers.ilp import Rounds, settled
+from solvers.ilp import settled
 from solvers.moves import DROP, KEEP, flips, joined, moves, together, try_moves
 from solvers.relax import LinearProgram
+from solvers.rounds import Rounds
 from solvers.units import build_units
 from tests.solvers.problems import at_share, random_problem
 

@@ -11,9 +11,11 @@ import pytest
 from solvers import Limits, Problem, simulate
 from solvers.evaluate import keep_everything, profiles
 from solvers.greedy import improve
-from solvers.ilp import OVERLAP, STRETCHES, Rounds, free_stretches, stretches, tighten
+from solvers.ilp import tighten
 from solvers.relax import LinearProgram
+from solvers.rounds import Rounds
 from solvers.search import Search
+from solvers.stretches import OVERLAP, STRETCHES, free_stretches, stretches
 from solvers.units import Units, build_units
 from tests.solvers.problems import random_problem
 
@@ -49,7 +51,7 @@ def test_they_help_a_long_graph() -> None:
     before = search.cost_ns
     assert before is not None
     search.bound_ns = 0
-    free_stretches(search, Rounds.after(None, units, search), STRETCHES[0])
+    free_stretches(search, Rounds.after(None, units, search))
     assert search.cost_ns is not None
     assert search.cost_ns < before
     assert search.schedule is not None
@@ -66,3 +68,18 @@ def test_more_rows_bound_a_long_graph_better() -> None:
     assert tighter is not None
     assert search.cost_ns is not None
     assert first < tighter.wait() <= search.cost_ns
+
+
+def test_a_model_that_is_kept_forgets_what_was_fixed() -> None:
+    """Rounds of the same rows share one model; what one of them fixed does not bind the next, nor a linear program."""
+    search, units = recurrent()
+    rounds = Rounds.after(None, units, search)
+    model, (_, bound) = rounds.model(), LinearProgram(rounds.model()).solve(30)
+    assert search.fates is not None
+    kept = rounds.solve(search.limits, 30, None, tuple((a, int(m)) for a, m in enumerate(search.fates)))
+    assert kept.fates is not None
+    assert (kept.fates == search.fates).all()
+    assert rounds.model() is model
+    assert LinearProgram(rounds.model()).solve(30)[1] == pytest.approx(bound)
+    rounds.rows.add(max(rounds.rows) - 1)
+    assert rounds.model() is not model
