@@ -18,13 +18,10 @@ Bools = NDArray[np.bool_]
 
 
 @compiled
-def outcomes(  # noqa: C901
+def outcomes(  # noqa: C901  in one piece, as `place` is
     t: Tables, fates: Int64, some: Int64, budget: int
 ) -> tuple[Int64, NDArray[np.float64], Int64]:
-    """Return for each of `some` moves (move, change, 2: unit and fate) the cost, area above the budget and peak.
-
-    In one piece, as `place` is.
-    """
+    """Return for each of `some` moves (move, change, 2: unit and fate) the cost, area above the budget and peak."""
     first_fate, fate, held, swap, slot, reader = t.first_fate, t.fate, t.held, t.swap, t.slot, t.reader
     parent, position, n, units = t.parent, t.position, len(t.position), len(fates)
     cost, area, peak = np.empty(len(some), np.int64), np.empty(len(some)), np.empty(len(some), np.int64)
@@ -61,10 +58,9 @@ def outcomes(  # noqa: C901
                 for when in (time0[a], time[a]):
                     moved[when], burst[when] = True, 0
                     marks[count], marks[count + 1], count = when, when + 1, count + 2
-                for p in range(fate[f0].parent, fate[f0 + 1].parent):
-                    touched[slot[parent[p]].unit] = True
-                for p in range(fate[f].parent, fate[f + 1].parent):
-                    touched[slot[parent[p]].unit] = True
+                for g in (f0, f):
+                    for p in range(fate[g].parent, fate[g + 1].parent):
+                        touched[slot[parent[p]].unit] = True
         if moves:
             _restore_again(first_fate, fate, plan, time, moved, burst, n)
         clashes = clashing(t, plan)
