@@ -8,6 +8,8 @@ or an encode at the position changes, too: such positions are found again one by
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,10 @@ from solvers.sweep import clashing, compiled, fill, noise_of, place
 from solvers.tables import CLASH_NS, Int64, Records, Tables
 
 Bools = NDArray[np.bool_]
+# Arguments as numbers of one type: of a literal, which has a type of its own, Numba compiles the function once more.
+ZERO: Any = np.int64(0)
+MORE: Any = np.int64(1)
+LESS: Any = np.int64(-1)
 
 
 @compiled
@@ -40,7 +46,7 @@ def outcomes(  # noqa: C901  in one piece, as `place` is
             a, f = some[k, c, 0], first_fate[some[k, c, 0]] + some[k, c, 1]
             noise += fate[f].noise_ppb - fate[first_fate[a] + plan[a]].noise_ppb
             plan[a], touched[a], newest = some[k, c, 1], True, max(newest, a)
-        cost[k], count, moves = cost0, 0, False
+        cost[k], count, moves = cost0, ZERO, False
         for a in range(newest, -1, -1):
             if not touched[a]:
                 continue
@@ -51,8 +57,8 @@ def outcomes(  # noqa: C901  in one piece, as `place` is
             cost[k] += fate[f].cost_ns - fate[f0].cost_ns
             cost[k] += fate[f].restore_ns if fate[f].restores and time[a] < n else 0
             cost[k] -= fate[f0].restore_ns if fate[f0].restores and time0[a] < n else 0
-            count = _hold(fate, held, swap, f0, time0[a], n, last0, -1, delta, coding, marks, count, moved)
-            count = _hold(fate, held, swap, f, time[a], n, last, 1, delta, coding, marks, count, moved)
+            count = _hold(fate, held, swap, f0, time0[a], n, last0, LESS, delta, coding, marks, count, moved)
+            count = _hold(fate, held, swap, f, time[a], n, last, MORE, delta, coding, marks, count, moved)
             if f != f0 or time[a] != time0[a]:
                 moves = True
                 for when in (time0[a], time[a]):
@@ -65,12 +71,13 @@ def outcomes(  # noqa: C901  in one piece, as `place` is
             _restore_again(first_fate, fate, plan, time, moved, burst, n)
         clashes = clashing(t, plan)
         cost[k] += CLASH_NS * clashes
-        above, peak[k] = _shifted(position, plain, level, delta, burst, coding, moved, np.sort(marks[:count]), budget)
+        _sort(marks, count)
+        above, peak[k] = _shifted(position, plain, level, delta, burst, coding, moved, marks[:count], budget)
         area[k] = np.inf if clashes > 0 or noise > t.noise_limit_ppb else above
         for c in range(changed):
             a = order[c]
-            _code(fate, first_fate[a] + plan[a], -1, coding)
-            _code(fate, first_fate[a] + fates[a], 1, coding)
+            _code(fate, first_fate[a] + plan[a], LESS, coding)
+            _code(fate, first_fate[a] + fates[a], MORE, coding)
             burst[time[a]], burst[time0[a]] = burst0[time[a]], burst0[time0[a]]
             plan[a], time[a], touched[a] = fates[a], time0[a], False
         for i in marks[:count]:
@@ -162,6 +169,18 @@ def _restore_again(
 
 
 @compiled
+def _sort(marks: Int64, count: int) -> None:
+    """Sort the first few numbers in place (Shell's way; Numba takes 2 s to compile numpy's)."""
+    for gap in (132, 57, 23, 10, 4, 1):
+        for i in range(gap, count):
+            mark, at = marks[i], i
+            while at >= gap and marks[at - gap] > mark:
+                marks[at] = marks[at - gap]
+                at -= gap
+            marks[at] = mark
+
+
+@compiled
 def _between(level: Int64, begin: int, end: int, budget: int) -> tuple[int, int]:
     """Return the area above a budget and the peak of some positions. A loop so plain that it runs on vectors."""
     above, top, part = 0, 0, level[begin:end]
@@ -185,7 +204,7 @@ def _shifted(
 ) -> tuple[int, int]:
     """Return the area above the budget and the peak, the bytes in use shifted by `delta` between the marks."""
     n = len(level)
-    above, top, shift, begin = 0, 0, 0, 0
+    above, top, shift, begin = 0, 0, 0, ZERO
     for m in range(len(marks) + 1):
         end = min(marks[m], n) if m < len(marks) else n
         if m and end < n and end == marks[m - 1]:

@@ -107,7 +107,7 @@ def train(request: Request) -> dict[str, Any]:
     resident = resident_bytes(model, *digits[0])
     start_threads()
     if module is not model:
-        start_loops()  # what codecs load and compile is no tensor memory, either
+        start_loops(lossy=False)  # what codecs load and compile is no tensor memory, either
     losses: list[float] = []
     times: list[int] = []
     pairs: list[tuple[int, int]] = []

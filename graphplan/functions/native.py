@@ -82,18 +82,22 @@ def number(value: float) -> Any:
         return np.float32(value)
 
 
-def start_loops() -> None:
-    """Load what every loop needs, and compile what is not on disk: seconds, and memory that is not tensors'."""
+def start_loops(lossy: bool = True) -> None:
+    """Load what every loop needs, and compile what is not on disk: seconds, and memory that is not tensors'.
+
+    Without `lossy`, only the loops of exact codecs.
+    """
     if loops() is None:
         return
     x, byte, mask, one = torch.zeros(256), torch.zeros(256, dtype=torch.uint8), torch.zeros(256) > 0, torch.zeros(1)
-    half = torch.zeros(256, dtype=torch.bfloat16)
     run("pack", x, GREATER, number(1), False, number(0), number(0), byte[:32])
     run("pack_bools", mask, byte[:32])
     run("unpack", byte[:32], mask)
     run("scale", byte, True, number(1), number(0), False, False, x, x, True)
+    if not lossy:
+        return
     run("encode", x, x, number(1), 8, byte, one, one)
     run("encode_slopes", x, 0, x, number(1), 8, byte, one, one)
     run("decode", byte, one, one, 8, x)
     run("decode_times", byte, one, one, 4, x, x, True)
-    run("round_half", x.view(torch.uint32), x, half)
+    run("round_half", x.view(torch.uint32), x, torch.zeros(256, dtype=torch.bfloat16))
