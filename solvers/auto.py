@@ -88,7 +88,10 @@ def relax(search: Search, units: Units, fates: Fates) -> None:
 
 def _below_single(search: Search, units: Units) -> Solution | None:
     """Offer the plan of the least peak, or one that recomputes more; return the answer if nothing else can fit."""
-    least, budget = _least(search), search.problem.budget_bytes
+    budget, least = search.problem.budget_bytes, remembered(search.problem, search.limits)
+    # A search that time had cut is not for this one to go on with, where a plan is there to begin with.
+    if least is None or (search.schedule is None and least.peak_bytes > budget):
+        least = _least(search)
     single = least.single
     if single.peak_bytes <= budget:
         search.offer(single.schedule, single.vector)

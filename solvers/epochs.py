@@ -39,7 +39,7 @@ class EpochModel:
         self.chosen: list[list[cp_model.IntVar]] = []
         self.restored: dict[tuple[int, int], cp_model.IntVar] = {}
         self.by: dict[tuple[int, int], list[cp_model.IntVar]] = {}
-        self.readers: dict[ValueId, list[tuple[int, int]]] = {}
+        self.readers: dict[ValueId, dict[int, list[int]]] = {}  # value -> unit -> fates whose restores read it
         self.peak: cp_model.IntVar | None = None
         self.fixed: list[int] = []  # literals that `fix` made true
         self.again = [[rewrites(units.problem, f) for f in u.fates] for u in units.units]
@@ -66,9 +66,9 @@ class EpochModel:
             for m, fate in enumerate(unit.fates):
                 if fate.restore:
                     self._restore_variables(a, m, fate, deadline[a, m])
-                    for v in fate.parents:
+                    for v in dict.fromkeys(fate.parents):
                         if v in self.units.unit_of:
-                            self.readers.setdefault(v, []).append((a, m))
+                            self.readers.setdefault(v, {}).setdefault(a, []).append(m)
 
     def _restore_variables(self, a: int, m: int, fate: Fate, deadline: int) -> None:
         chosen = self.chosen[a][m]
@@ -114,14 +114,19 @@ class EpochModel:
         return literals
 
     def _availability(self) -> None:
-        """A restore needs what it reads, kept or restored no later than itself."""
-        for (a, m), by in self.by.items():
-            for v in self.units.units[a].fates[m].parents:
-                if v not in self.units.unit_of:
-                    continue
-                for i, literal in enumerate(by):
-                    self.model.add_bool_or([literal.Not(), *self._available(v, i)])
-                self.model.add_bool_or([self.restored[a, m].Not(), *self._available(v, len(by))])
+        """A restore needs what it reads, kept or restored no later than itself.
+
+        A unit has one fate: all of them that read a value share its rows, which then are fewer, and bind halves more.
+        """
+        for v, readers in self.readers.items():
+            for a, fates in readers.items():
+                for i in range(max(len(self.by[a, m]) for m in fates) + 1):
+                    there, restores = self._available(v, i), [self._by(a, m, i) for m in fates]
+                    if len(restores) == 1:
+                        self.model.add_bool_or([restores[0].Not(), *there])
+                    else:
+                        signs = [1] * len(there) + [-1] * len(restores)
+                        self.model.add(cp_model.LinearExpr.weighted_sum([*there, *restores], signs) >= 0)
 
     def _clashes(self) -> None:
         for group in self.units.clashes:
@@ -200,11 +205,12 @@ class EpochModel:
         """
         literal: cp_model.IntVar | None = None
         elsewhere = self._elsewhere(h, t, i)
-        for c, k in self.readers.get(h.value, ()):
-            if 0 <= i and len(self.by[c, k]) <= i:
+        for c, fates in self.readers.get(h.value, {}).items():
+            after = [term for k in fates if i < 0 or i < len(self.by[c, k]) for term in self._after(c, k, i, -1)]
+            if not after:
                 continue
             literal = literal if literal is not None else self.model.new_bool_var("")
-            variables, signs = zip((literal, 1), *elsewhere, *self._after(c, k, i, -1), strict=True)
+            variables, signs = zip((literal, 1), *elsewhere, *after, strict=True)
             self.model.add(cp_model.LinearExpr.weighted_sum(variables, signs) >= 0)
         return [] if literal is None else [(literal, h.size_bytes)]
 
