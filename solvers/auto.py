@@ -89,7 +89,7 @@ def relax(search: Search, units: Units, fates: Fates) -> None:
 def _below_single(search: Search, units: Units) -> Solution | None:
     """Offer the plan of the least peak, or one that recomputes more; return the answer if nothing else can fit."""
     budget, least = search.problem.budget_bytes, remembered(search.problem, search.limits)
-    # A search that time had cut is not for this one to go on with, where a plan is there to begin with.
+    # A search for it that time had cut is not resumed where there is a plan to begin with: time is for that plan.
     if least is None or (search.schedule is None and least.peak_bytes > budget):
         least = _least(search)
     single = least.single

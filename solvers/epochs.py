@@ -66,7 +66,7 @@ class EpochModel:
             for m, fate in enumerate(unit.fates):
                 if fate.restore:
                     self._restore_variables(a, m, fate, deadline[a, m])
-                    for v in dict.fromkeys(fate.parents):
+                    for v in dict.fromkeys(fate.parents):  # an op may read a value twice
                         if v in self.units.unit_of:
                             self.readers.setdefault(v, {}).setdefault(a, []).append(m)
 
