@@ -262,7 +262,7 @@ def _down(
     search: Search, problem: Problem, schedule: Schedule, usage: Usage, target: float
 ) -> tuple[Schedule, Usage] | None:
     """Turn at one of the highest peaks and flip: return what has less area above the target; None: no turn helps."""
-    for turn in _turns(problem, schedule, usage.bytes_at):
+    for turn in _turns(problem, schedule, usage.bytes_at, target):
         if search.left() <= 0:
             return None
         unrolled = unroll(problem, schedule, turn)
@@ -282,8 +282,9 @@ def _area(usage: Usage, target: float) -> float:
     return sum(max(0.0, b - target) for b in usage.bytes_at)
 
 
-def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...]) -> list[int]:
-    """Return the highest steps after the turn, none close to another."""
+def _turns(problem: Problem, schedule: Schedule, bytes_at: tuple[int, ...], target: float) -> list[int]:
+    """Return the highest steps after the turn that are above the target, none close to another."""
     level = np.array(bytes_at, np.int64)
     level[: schedule.index(problem.program[problem.turn]) + 1] = -1
+    level[level <= target] = -1
     return peaks(level, TURNS)

@@ -96,7 +96,7 @@ def _round(problem: Problem, search: Search, part: float) -> None:
 
 def _relaxed(model: _Stages, search: Search) -> list[float] | None:
     """Return the value of every variable at an optimum of the linear relaxation; None if there is none in time."""
-    # It reads nothing but `.model`, a CP-SAT model, which both classes have.
+    # It reads nothing but `.model`, a CP-SAT model, and `.within`, which both classes have.
     program = LinearProgram(cast(EpochModel, model))
     solver = pywraplp.Solver.CreateSolver("GLOP")
     # Dual simplex without presolve: see `LinearProgram.solve`.
@@ -119,6 +119,7 @@ class _Stages:
 
     problem: Problem
     model: cp_model.CpModel = field(default_factory=cp_model.CpModel)
+    within: tuple[int, ...] = ()
     run: list[list[Literal]] = field(default_factory=list)
     saved: list[dict[ValueId, Literal]] = field(default_factory=list)
     freed: list[list[dict[ValueId, Literal]]] = field(default_factory=list)

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from solvers.auto import offer_known, relax
-from solvers.bounds import ANY_PLAN, cost_floor
+from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor
 from solvers.evaluate import Fates, keep_everything
 from solvers.greedy import improve
 from solvers.ilp import prove
+from solvers.least import remembered
 from solvers.problem import Limits, Problem, Solution, Status
-from solvers.rounds import Rounds
+from solvers.rounds import WIDE, Rounds
 from solvers.search import Search
 from solvers.units import Units, build_units
 
@@ -29,22 +30,28 @@ def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tu
     `limits.seconds` are for all of them together; what one leaves over, the later ones have. `limits.known` holds
     schedules to start from, of `least_peak` say: a budget below all of them and greedy's reach is NOT_FOUND.
     """
-    units, known = build_units(problem), limits.known
+    units, least = build_units(problem), remembered(problem, limits)
+    known = limits.known if least is None else (*limits.known, least.single.schedule)
     ordered, started = sorted(set(budgets)), time.monotonic()
+    even = limits.seconds / max(1, len(ordered))
     rounds: Rounds | None = None
     found: list[Solution] = []
     for i, budget in enumerate(ordered):
-        left = limits.seconds - (time.monotonic() - started)
-        share = replace(limits, seconds=max(0.05, left / (len(ordered) - i)), known=known)
-        answer, rounds = _member(problem.with_budget(budget), units, share, rounds)
+        spent = time.monotonic() - started
+        left = even * (i + 1) - spent
+        share = replace(limits, seconds=max(even / 2, left), known=known)
+        enough = 0.0 if left > 0 else WIDE if spent < limits.seconds else 1.0
+        answer, rounds = _member(problem.with_budget(budget), units, share, rounds, enough)
         found.append(answer)
         if answer.schedule is not None:
             known = (*known[-REMEMBERED:], answer.schedule)
     return tuple(found)
 
 
-def _member(problem: Problem, units: Units, limits: Limits, before: Rounds | None) -> tuple[Solution, Rounds | None]:
-    """Solve one budget from the plans and rows known."""
+def _member(
+    problem: Problem, units: Units, limits: Limits, before: Rounds | None, enough: float
+) -> tuple[Solution, Rounds | None]:
+    """Solve one budget from the plans and rows known; where what others proved leaves at most a gap, only from that."""
     units = replace(units, problem=problem)
     search = Search(problem, limits, "family")
     search.bound_ns = cost_floor(problem, units)
@@ -57,7 +64,12 @@ def _member(problem: Problem, units: Units, limits: Limits, before: Rounds | Non
         improve(search, units, keep_everything(units), tries=0)
     if search.schedule is None:
         return Solution(Status.NOT_FOUND, None, search.bound_ns, ANY_PLAN, "family", search.seconds()), before
-    return prove(search, units, before)
+    floor, kind = search.bound_ns, ANY_PLAN
+    if search.fates is not None and before is not None:
+        search.bound_ns, kind = max(floor, Rounds.after(before, units, search).bound()), ONE_RECOMPUTE
+    if search.closed(enough):
+        return replace(search.answer(search.bound_ns, kind), any_bound_ns=floor), before
+    return prove(search, units, before, any_seconds=0.0)
 
 
 def _starts(search: Search, units: Units) -> list[Fates]:

@@ -50,13 +50,16 @@ def solve_ilp(problem: Problem, limits: Limits) -> Solution:
     return prove(search, units)[0]
 
 
-def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[Solution, Rounds]:
+def prove(
+    search: Search, units: Units, before: Rounds | None = None, any_seconds: float = ANY_SECONDS
+) -> tuple[Solution, Rounds]:
     """Improve the plan that `search` holds and bound it, until both meet or time is up.
 
-    `before` are the rows and cuts that another budget of the same problem needed: they are as valid here.
+    `before` are the rows and cuts that another budget of the same problem needed: they are as valid here. The bound on
+    any plan has what is left of the time, at least `any_seconds`.
     """
     rounds = Rounds.after(before, units, search)
-    search.share, search.bound_ns = 1.0 - ANY_SHARE, cost_floor(search.problem, units)
+    search.share, search.bound_ns = 1.0 - ANY_SHARE, max(cost_floor(search.problem, units), rounds.bound())
     shares, near = relax(search, rounds), False
     if before is None:
         mend_checkpoints(search, units)
@@ -64,6 +67,7 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
         free_stretches(search, rounds)
         if tighter is not None:
             search.bound_ns = max(search.bound_ns, tighter.wait())
+            rounds.touch(tighter.program, tighter.bound)
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or search.closed():
             break
@@ -78,14 +82,14 @@ def prove(search: Search, units: Units, before: Rounds | None = None) -> tuple[S
         if take(search, rounds, found):
             break
         near = not near and not found.optimal
-    return _answer(search, units, rounds), rounds
+    return _answer(search, units, rounds, any_seconds), rounds
 
 
-def _answer(search: Search, units: Units, rounds: Rounds) -> Solution:
+def _answer(search: Search, units: Units, rounds: Rounds, any_seconds: float) -> Solution:
     bound = search.bound_ns or 0
     if search.fates is None and search.cost_ns is not None and search.cost_ns < bound:
         return answer_any(search, units, rounds)  # a plan outside the class beats all of it
-    any_bound = bound_any(search, rounds)
+    any_bound = bound_any(search, rounds, any_seconds)
     return replace(search.answer(bound, ONE_RECOMPUTE), any_bound_ns=any_bound)
 
 
@@ -96,15 +100,19 @@ def answer_any(search: Search, units: Units, rounds: Rounds | None = None) -> So
     return replace(search.answer(search.bound_ns, ANY_PLAN), any_bound_ns=search.bound_ns)
 
 
-def bound_any(search: Search, rounds: Rounds) -> int:
-    """Return the best bound on any plan over two row sets, if there is time: spaced ones are sometimes better."""
-    budget, search.share = search.problem.budget_bytes, 1.0
-    sets = [rounds.rows] if search.any_bound_ns else [spaced_rows(search.problem), rounds.rows]
+def bound_any(search: Search, rounds: Rounds, seconds: float = ANY_SECONDS) -> int:
+    """Return the best bound on any plan over two row sets, if there is time: spaced ones are sometimes better.
+
+    The first of them has at least `seconds`.
+    """
+    budget, known, search.share = search.problem.budget_bytes, search.any_bound_ns, 1.0
+    search.any_bound_ns = max(search.any_bound_ns, cost_floor(search.problem, rounds.units))
+    sets, seconds = ([rounds.rows], 0.0) if known else ([spaced_rows(search.problem), rounds.rows], seconds)
     for rows in sets:
-        if search.any_bound_ns and search.left() <= 0:
+        if max(seconds, search.left()) <= 0:
             break
-        found = any_plan_bound(rounds.units, budget, rows, max(ANY_SECONDS, search.left()))
-        search.any_bound_ns = max(search.any_bound_ns, found)
+        found = any_plan_bound(rounds.units, budget, rows, max(seconds, search.left()))
+        search.any_bound_ns, seconds = max(search.any_bound_ns, found), 0.0
     return search.any_bound_ns
 
 
@@ -129,6 +137,7 @@ def relax(search: Search, rounds: Rounds) -> Shares:
         if values is None:
             break
         search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))
+        rounds.touch(program, bound)
         shares = tuple(tuple(values[x.index] if len(xs) > 1 else 0.0 for x in xs) for xs in model.chosen)
         plans = round_all(model, values)
         found = profiles(units, plans)

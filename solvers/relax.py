@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -33,9 +33,14 @@ class LinearProgram:
     def __init__(self, model: EpochModel) -> None:
         """Translate every constraint; rows of bytes are scaled to hundredths of their largest coefficient."""
         self.model, proto = model, model.model.proto
+        self.slope = 0.0  # of the optimum that `solve` found, in its unit a byte of budget
         self.low, self.high = list[float](), list[float]()
         self.rows, self.columns, self.values = list[int](), list[int](), list[float]()
-        for c in proto.constraints:
+        self.within = list[tuple[int, float]]()  # rows whose right side is the budget, and divided by what
+        within = set(model.within)
+        for i, c in enumerate(proto.constraints):
+            if i in within and c.has_linear():
+                self.within.append((len(self.low), _scale(c.linear.coeffs)))
             self._translate(c)
         self.domains = [list(v.domain) for v in proto.variables]
         self.offset = float(proto.objective.offset)
@@ -70,7 +75,7 @@ class LinearProgram:
         self._row(found, low - negated, high - negated)
 
     def _linear(self, variables: list[int], coefficients: list[int], domain: list[int]) -> None:
-        scale = max(1.0, max(map(abs, coefficients), default=1) / 100)
+        scale = _scale(coefficients)
         found: dict[int, float] = {}
         for v, c in zip(variables, coefficients, strict=True):
             found[v] = found.get(v, 0.0) + c / scale
@@ -114,7 +119,14 @@ class LinearProgram:
             return None, -math.inf
         values = result.variable_values()
         optimum = result.objective_value() * self.scale + self.offset
+        rows = list(program.linear_constraints())
+        duals = result.dual_values([rows[row] for row, _ in self.within])
+        self.slope = self.scale * sum(y / by for y, (_, by) in zip(duals, self.within, strict=True))
         return [values[v] for v in program.variables()], optimum - MARGIN * abs(optimum)
+
+
+def _scale(coefficients: Sequence[int]) -> float:
+    return max(1.0, max(map(abs, coefficients), default=1) / 100)
 
 
 class Beside:
@@ -122,7 +134,7 @@ class Beside:
 
     def __init__(self, program: LinearProgram, left: Callable[[], float]) -> None:
         """Begin; `left()` are the seconds that there are, at most 0 when they are over or the caller cancels."""
-        self.bound, self._left = 0, left
+        self.program, self.bound, self._left = program, 0, left
         self._thread = threading.Thread(target=self._solve, args=(program,), daemon=True)
         self._thread.start()
 

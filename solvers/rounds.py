@@ -6,6 +6,7 @@ between positions as cuts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from solvers.epochs import Cut, EpochModel
 from solvers.evaluate import Fates, keep_everything, peaks, profiles, to_schedule
 from solvers.greedy import polish, repair
 from solvers.problem import Limits
+from solvers.relax import MARGIN, LinearProgram
 from solvers.search import Search
 from solvers.simulate import Usage
 from solvers.units import Units
@@ -63,6 +65,23 @@ class Found:
     work: float = 0.0  # deterministic seconds spent
 
 
+@dataclass(frozen=True, slots=True)
+class Tangent:
+    """What the dual of a linear program at one budget says of others: its optimum is convex in the budget."""
+
+    budget_bytes: int
+    bound_ns: float
+    slope: float  # ns a byte more, at most 0
+    below_bytes: float  # the budgets at which all of its cuts hold
+
+    def at(self, budget_bytes: int) -> int:
+        """Return a bound on the cost at a budget."""
+        if budget_bytes >= self.below_bytes:
+            return 0
+        change = self.slope * (budget_bytes - self.budget_bytes)
+        return math.ceil(self.bound_ns + change - MARGIN * abs(change))
+
+
 @dataclass(slots=True)
 class Rounds:
     """The rows and cuts known so far. `budget_bytes` None: the peak is minimised."""
@@ -74,14 +93,25 @@ class Rounds:
     gap: float = LOOSE
     linear: int = 2  # CP-SAT's linearization_level: 2 proves costs, 1 finds small peaks
     work: float | None = None  # CP-SAT's deterministic seconds a round; None: only the clock counts
+    tangents: list[Tangent] = field(default_factory=list)  # of linear programs, at this budget and others
     built: tuple[frozenset[int], tuple[Cut, ...], EpochModel] | None = None  # the last model, of these rows and cuts
 
     @staticmethod
     def after(before: Rounds | None, units: Units, search: Search) -> Rounds:
         """Return the rounds to begin with: rows and cuts of another budget of the same problem are valid here."""
         rows = start_rows(units, search.fates) | (before.rows if before is not None else set())
-        cuts = list(before.cuts) if before is not None else []
-        return Rounds(units, search.problem.budget_bytes, rows, cuts)
+        cuts, tangents = (list(before.cuts), before.tangents) if before is not None else ([], [])
+        return Rounds(units, search.problem.budget_bytes, rows, cuts, tangents=tangents)
+
+    def touch(self, program: LinearProgram, bound: float) -> None:
+        """Remember what a linear program of these cuts, just solved, bounds at other budgets."""
+        assert self.budget_bytes is not None
+        below = min((r for _, r in self.cuts if r > self.budget_bytes), default=math.inf)
+        self.tangents.append(Tangent(self.budget_bytes, bound, min(0.0, program.slope), below))
+
+    def bound(self) -> int:
+        """Return what the tangents known bound at this budget."""
+        return max((t.at(self.budget_bytes) for t in self.tangents if self.budget_bytes is not None), default=0)
 
     def model(self) -> EpochModel:
         """Return the model that the known rows and cuts make, with nothing fixed; valid until the next round."""
