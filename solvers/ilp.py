@@ -18,7 +18,7 @@ from solvers.checkpoints import checkpointed
 from solvers.evaluate import Fates, keep_everything, profiles
 from solvers.greedy import improve
 from solvers.problem import Limits, Problem, Solution, Status
-from solvers.relax import LINEAR_SIZE, Beside, LinearProgram, round_all
+from solvers.relax import LINEAR_SIZE, Beside, LinearProgram, coefficients, round_all
 from solvers.rounds import WIDE, Pairs, Rounds, mend, new_rows, start_rows, take
 from solvers.search import Search
 from solvers.stretches import free_stretches
@@ -130,9 +130,9 @@ def relax(search: Search, rounds: Rounds) -> Shares:
         if search.closed() or (late and done):
             break
         model = rounds.model()
-        program = LinearProgram(model)
-        if len(program) > LINEAR_SIZE:
+        if coefficients(model) > LINEAR_SIZE:
             break
+        program = LinearProgram(model)
         values, bound = program.solve(search.left() / 2)
         if values is None:
             break
@@ -161,8 +161,8 @@ def tighten(search: Search, rounds: Rounds) -> Beside | None:
     if search.closed(WIDE):
         return None
     rows = rounds.rows | start_rows(rounds.units, search.fates, spread=TIGHTER)
-    program = LinearProgram(replace(rounds, rows=rows).model())
-    return Beside(program, search.left) if len(program) <= LINEAR_SIZE else None
+    model = replace(rounds, rows=rows).model()
+    return Beside(LinearProgram(model), search.left) if coefficients(model) <= LINEAR_SIZE else None
 
 
 def mend_checkpoints(search: Search, units: Units) -> None:

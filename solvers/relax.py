@@ -125,8 +125,14 @@ class LinearProgram:
         return [values[v] for v in program.variables()], optimum - MARGIN * abs(optimum)
 
 
-def _scale(coefficients: Sequence[int]) -> float:
-    return max(1.0, max(map(abs, coefficients), default=1) / 100)
+def coefficients(model: EpochModel) -> int:
+    """Return how many coefficients the linear program of a model has at least, without translating it."""
+    # Only where it is linear: to read another part of a constraint makes it one of that kind.
+    return sum(len(c.linear.vars) for c in model.model.proto.constraints if c.has_linear())
+
+
+def _scale(terms: Sequence[int]) -> float:
+    return max(1.0, max(map(abs, terms), default=1) / 100)
 
 
 class Beside:
