@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphplan.build import build_graph
 from graphplan.errors import CaptureError, GraphplanError, UnsupportedModel
@@ -223,6 +222,9 @@ def _without_export(function: type, first: Exception) -> str:
 
 
 def _joint(module: nn.Module, tensors: list[Tensor]) -> Any:
+    # AOTAutograd brings torch.compile's front end, two seconds that whoever only reads a plan need not wait.
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
     with contextlib.ExitStack() as stack:
         return aot_export_joint_with_descriptors(stack, module, tuple(tensors))
 

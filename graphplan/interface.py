@@ -17,7 +17,6 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
-from torch._functorch._aot_autograd.schemas import OutputType
 
 from graphplan.errors import CaptureError
 from graphplan.graph import Output, Primal, StorageKind
@@ -95,6 +94,8 @@ class Interface:
     ) -> Output:
         if not isinstance(node, fx.Node):
             raise CaptureError(f"the model returns {node!r}, which is not a tensor of the graph")
+        from torch._functorch._aot_autograd.schemas import OutputType  # see `capture._joint`
+
         kind = info.output_type
         if kind is OutputType.is_input:
             return Output("primal", info.base_idx)
