@@ -74,7 +74,10 @@ def predicted(here: Ground, seconds: float) -> dict[str, Any]:
 
 
 def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str, Any]]:
-    """Run the plans of each budget beside plain steps, in turn; return each kind's time over plain's."""
+    """Run the plans of each budget beside plain steps, in turn; return each kind's time over plain's.
+
+    A kind whose plan is the hybrid one itself is not run a second time.
+    """
     import graphplan
     from bench.pairs import Ratio, rounds
 
@@ -89,13 +92,14 @@ def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str,
 
     rows = []
     for part in BUDGETS:
-        kinds = [k for k in KINDS if (part, k) in schedules]
+        found = {k: schedules[part, k] for k in KINDS if (part, k) in schedules}
+        kinds = [k for k in found if k == "hybrid" or found[k] != found.get("hybrid")]
         modules = [
             graphplan.apply(here.model, plan_of(here, schedules[part, k]), here.example.inputs, **here.loss)
             for k in kinds
         ]
         times = rounds(tuple(step(m) for m in (here.model, *modules)), pairs)
-        row: dict[str, Any] = {"part": part}
+        row: dict[str, Any] = {"part": part, "same": [k for k in found if k not in kinds]}
         for i, kind in enumerate(kinds):
             row[kind] = asdict(Ratio.of([t[i + 1] / t[0] for t in times]))
             if kind != "hybrid" and "hybrid" in kinds:
@@ -256,10 +260,16 @@ def _steps_table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         for s in r.get("steps", ()):
             cells = [r["name"], f"{s['part']:.0%}"]
-            found = (s.get(k) for k in shown)
-            cells += ["none" if f is None else f"{f['median']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in found]
+            cells += [_ratio(s, k) for k in shown]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any], column: str) -> str:
+    if column.split()[-1] in row.get("same", ()):
+        return "the same plan"
+    found = row.get(column)
+    return "none" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from bench import solver_report
+from bench import frontier, solver_report
 from bench.executed import SWEPT
 from bench.page import pyplot
 from bench.processes import RESULTS, ROOT
@@ -200,6 +200,7 @@ def main() -> None:
         "prediction": prediction(rows),
         "solver_summary": solver_report.summary(lanes),
         "solver_compared": solver_report.compared(lanes),
+        "frontiers": frontier.table(read("frontiers.jsonl", "problem")),
         "solvers": solver_report.every(lanes),
         "plots": "\n".join(f"![{n}](plots/{n})" for n in draw(rows)),
     }
