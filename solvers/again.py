@@ -36,7 +36,8 @@ SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that 
 HALVINGS = 6  # of the range of budgets from whose best plans of one recompute others are made
 THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
 TARGETS = (0.25, 0.5)  # of the way from the floor to the least peak so far: budgets of linear programs
-LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs; rows that each adds for every rounding
+LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs for a budget; rows that each adds for every rounding
+LOWER_ROUNDS = 2  # linear programs for each of TARGETS: measured, no third one lowered a peak
 SEVERAL = (3, 6, 12, 24, 48)  # neighbouring repeats that are left out at once
 LEFT_OUT = 0.5  # of them, every other time
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
@@ -145,7 +146,7 @@ def lower_rounded(search: Search, units: Units, schedule: Schedule, floor_bytes:
         if peak - floor_bytes <= peak / ENOUGH:
             break
         target = floor_bytes + share * (peak - floor_bytes)
-        for start in roundings(search, units, int(target)):
+        for start in roundings(search, units, int(target), LOWER_ROUNDS):
             if search.left() <= 0 or peak - floor_bytes <= peak / ENOUGH:
                 return schedule
             found = _fit(search, problem, start, target)
@@ -155,13 +156,13 @@ def lower_rounded(search: Search, units: Units, schedule: Schedule, floor_bytes:
     return schedule
 
 
-def roundings(search: Search, units: Units, budget: int) -> Iterator[Schedule]:
+def roundings(search: Search, units: Units, budget: int, programs: int = LINEAR_ROUNDS) -> Iterator[Schedule]:
     """Return roundings of linear programs at a budget, each with the rows which those of the one before break.
 
     Their bounds, valid at any smaller budget, too, are remembered in `search`.
     """
     rows, seen = spaced_rows(search.problem), set[Schedule]()
-    for _ in range(LINEAR_ROUNDS):
+    for _ in range(programs):
         largest = min(LARGEST, int(search.left() / 2 / COEFFICIENT))
         relaxation = relax_any(units, budget, rows, search.clock() / 2, largest)
         if relaxation is None:

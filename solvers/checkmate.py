@@ -119,7 +119,7 @@ class _Stages:
 
     problem: Problem
     model: cp_model.CpModel = field(default_factory=cp_model.CpModel)
-    within: tuple[int, ...] = ()
+    within: dict[int, int] = field(default_factory=dict)
     run: list[list[Literal]] = field(default_factory=list)
     saved: list[dict[ValueId, Literal]] = field(default_factory=list)
     freed: list[list[dict[ValueId, Literal]]] = field(default_factory=list)

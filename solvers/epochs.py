@@ -41,7 +41,7 @@ class EpochModel:
         self.by: dict[tuple[int, int], list[cp_model.IntVar]] = {}
         self.readers: dict[ValueId, dict[int, list[int]]] = {}  # value -> unit -> fates whose restores read it
         self.peak: cp_model.IntVar | None = None
-        self.within: list[int] = []  # indices of the constraints whose right side is the budget less something
+        self.within: dict[int, int] = {}  # index of a constraint with the budget on its right side -> its row
         self.fixed: list[int] = []  # literals that `fix` made true
         self.again = [[rewrites(units.problem, f) for f in u.fates] for u in units.units]
         self.soft: dict[int, list[Held]] = {}
@@ -158,7 +158,7 @@ class EpochModel:
             if self.peak is not None:
                 variables, sizes = [*variables, self.peak], [*sizes, -1]
             limit = (0 if budget_bytes is None else budget_bytes) - int(base[t])
-            self.within.append(self.model.add(cp_model.LinearExpr.weighted_sum(variables, sizes) <= limit).index)
+            self.within[self.model.add(cp_model.LinearExpr.weighted_sum(variables, sizes) <= limit).index] = t
 
     def _held(self, a: int, t: int, i: int) -> list[Term]:
         """What unit a may hold at position t: one term a literal. i = -1: before anything is restored."""

@@ -95,6 +95,9 @@ def fates_of(units: Units, schedule: Schedule) -> Fates | None:
     again = set(schedule[turn + 1 :])
     fates = keep_everything(units)
     for a, unit in enumerate(units.units):
+        # A helper that is not restored is there for those that read it, or nobody asked for it.
+        if not again.issuperset(unit.fates[fates[a]].restore):
+            fates[a] = 0
         for m, fate in enumerate(unit.fates):
             asked = [o for o in (fate.encode, *(o for _, o in fate.instead)) if o is not None]
             # The longest description wins: a codec with a restore before one without.

@@ -22,6 +22,8 @@ from solvers.search import Search
 from solvers.units import Units, build_units
 
 REMEMBERED = 3  # plans of smaller budgets that are candidates
+SLOPE = 0.6  # the first i of n budgets have (i / n)^SLOPE of the time: small ones are hard, and teach the others
+PATIENCE = 0.1  # of the time, for a linear program: one that is cut teaches nothing
 
 
 def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tuple[Solution, ...]:
@@ -34,14 +36,15 @@ def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tu
     known = limits.known if least is None else (*limits.known, least.single.schedule)
     ordered, started = sorted(set(budgets)), time.monotonic()
     even = limits.seconds / max(1, len(ordered))
+    patience = limits.seconds * PATIENCE
     rounds: Rounds | None = None
     found: list[Solution] = []
     for i, budget in enumerate(ordered):
         spent = time.monotonic() - started
-        left = even * (i + 1) - spent
-        share = replace(limits, seconds=max(even / 2, left), known=known)
+        left = limits.seconds * ((i + 1) / len(ordered)) ** SLOPE - spent
+        share = replace(limits, seconds=max(patience if spent < limits.seconds else even / 2, left), known=known)
         enough = 0.0 if left > 0 else WIDE if spent < limits.seconds else 1.0
-        answer, rounds = _member(problem.with_budget(budget), units, share, rounds, enough)
+        answer, rounds = _member(problem.with_budget(budget), units, share, rounds, enough, patience)
         found.append(answer)
         if answer.schedule is not None:
             known = (*known[-REMEMBERED:], answer.schedule)
@@ -49,7 +52,7 @@ def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tu
 
 
 def _member(
-    problem: Problem, units: Units, limits: Limits, before: Rounds | None, enough: float
+    problem: Problem, units: Units, limits: Limits, before: Rounds | None, enough: float, patience: float
 ) -> tuple[Solution, Rounds | None]:
     """Solve one budget from the plans and rows known; where what others proved leaves at most a gap, only from that."""
     units = replace(units, problem=problem)
@@ -69,7 +72,7 @@ def _member(
         search.bound_ns, kind = max(floor, Rounds.after(before, units, search).bound()), ONE_RECOMPUTE
     if search.closed(enough):
         return replace(search.answer(search.bound_ns, kind), any_bound_ns=floor), before
-    return prove(search, units, before, any_seconds=0.0)
+    return prove(search, units, before, any_seconds=0.0, patience=patience)
 
 
 def _starts(search: Search, units: Units) -> list[Fates]:

@@ -51,16 +51,20 @@ def solve_ilp(problem: Problem, limits: Limits) -> Solution:
 
 
 def prove(
-    search: Search, units: Units, before: Rounds | None = None, any_seconds: float = ANY_SECONDS
+    search: Search,
+    units: Units,
+    before: Rounds | None = None,
+    any_seconds: float = ANY_SECONDS,
+    patience: float = 0.0,
 ) -> tuple[Solution, Rounds]:
     """Improve the plan that `search` holds and bound it, until both meet or time is up.
 
     `before` are the rows and cuts that another budget of the same problem needed: they are as valid here. The bound on
-    any plan has what is left of the time, at least `any_seconds`.
+    any plan has what is left of the time, at least `any_seconds`; a linear program has half of it, at least `patience`.
     """
     rounds = Rounds.after(before, units, search)
     search.share, search.bound_ns = 1.0 - ANY_SHARE, max(cost_floor(search.problem, units), rounds.bound())
-    shares, near = relax(search, rounds), False
+    shares, near = relax(search, rounds, patience), False
     if before is None:
         mend_checkpoints(search, units)
         tighter = tighten(search, rounds)
@@ -116,7 +120,7 @@ def bound_any(search: Search, rounds: Rounds, seconds: float = ANY_SECONDS) -> i
     return search.any_bound_ns
 
 
-def relax(search: Search, rounds: Rounds) -> Shares:
+def relax(search: Search, rounds: Rounds, patience: float) -> Shares:
     """Bound the cost by the linear relaxation, add rows where its roundings do not fit, and mend those.
 
     Returns the share of every fate of every unit in the last optimum; nothing when there was none.
@@ -124,7 +128,8 @@ def relax(search: Search, rounds: Rounds) -> Shares:
     units, budget = rounds.units, search.problem.budget_bytes
     shares: Shares = ()
     # Rows of its own: those that roundings break only slow the integer search down.
-    rounds = replace(rounds, rows=set(rounds.rows))
+    taught = rounds.tangents[-1].rows if rounds.tangents else frozenset[int]()
+    rounds = replace(rounds, rows=rounds.rows | taught)
     for done in range(LINEAR_ROUNDS):
         late = search.left() <= LINEAR_SHARE * search.limits.seconds
         if search.closed() or (late and done):
@@ -133,7 +138,7 @@ def relax(search: Search, rounds: Rounds) -> Shares:
         if coefficients(model) > LINEAR_SIZE:
             break
         program = LinearProgram(model)
-        values, bound = program.solve(search.left() / 2)
+        values, bound = program.solve(max(patience, search.left() / 2))
         if values is None:
             break
         search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))

@@ -1,10 +1,11 @@
 """The least peak: how small a budget can a plan serve?
 
 A ladder of efforts, each starting from the best plan so far: single flips towards targets ever closer to the
-plan; pairs of flips (`ladder`); the rounded linear relaxation (`relax`) at budgets between bound and plan; the epoch
-model with the peak as its objective, which also proves, for one recompute a value; then more recomputes (`again`),
-from several plans, down to the working set, which bounds them. Every effort is a count of work, so that the answer is
-the same on every run unless `limits.seconds` cuts it; more than EFFORT seconds allow more of the last, longest one.
+plan; pairs of flips (`ladder`); in small graphs the rounded linear relaxation (`relax`) at budgets between bound and
+plan, and the epoch model with the peak as its objective, which also proves, for one recompute a value; then more
+recomputes (`again`), from several plans, down to the working set, which bounds them. Every effort is a count of work,
+so that the answer is the same on every run unless `limits.seconds` cuts it; more than EFFORT seconds allow more of the
+last, longest one.
 """
 
 from __future__ import annotations

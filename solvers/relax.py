@@ -36,11 +36,11 @@ class LinearProgram:
         self.slope = 0.0  # of the optimum that `solve` found, in its unit a byte of budget
         self.low, self.high = list[float](), list[float]()
         self.rows, self.columns, self.values = list[int](), list[int](), list[float]()
-        self.within = list[tuple[int, float]]()  # rows whose right side is the budget, and divided by what
-        within = set(model.within)
+        self.binding: set[int] = set()  # positions whose memory rows hold that optimum up
+        self.within = list[tuple[int, int, float]]()  # such a row, its position, and what its bytes are divided by
         for i, c in enumerate(proto.constraints):
-            if i in within and c.has_linear():
-                self.within.append((len(self.low), _scale(c.linear.coeffs)))
+            if i in model.within and c.has_linear():
+                self.within.append((len(self.low), model.within[i], _scale(c.linear.coeffs)))
             self._translate(c)
         self.domains = [list(v.domain) for v in proto.variables]
         self.offset = float(proto.objective.offset)
@@ -120,8 +120,9 @@ class LinearProgram:
         values = result.variable_values()
         optimum = result.objective_value() * self.scale + self.offset
         rows = list(program.linear_constraints())
-        duals = result.dual_values([rows[row] for row, _ in self.within])
-        self.slope = self.scale * sum(y / by for y, (_, by) in zip(duals, self.within, strict=True))
+        duals = result.dual_values([rows[row] for row, _, _ in self.within])
+        self.slope = self.scale * sum(y / by for y, (_, _, by) in zip(duals, self.within, strict=True))
+        self.binding = {t for y, (_, t, _) in zip(duals, self.within, strict=True) if y < 0}
         return [values[v] for v in program.variables()], optimum - MARGIN * abs(optimum)
 
 

@@ -73,6 +73,7 @@ class Tangent:
     bound_ns: float
     slope: float  # ns a byte more, at most 0
     below_bytes: float  # the budgets at which all of its cuts hold
+    rows: frozenset[int] = frozenset()  # those that bind
 
     def at(self, budget_bytes: int) -> int:
         """Return a bound on the cost at a budget."""
@@ -107,7 +108,8 @@ class Rounds:
         """Remember what a linear program of these cuts, just solved, bounds at other budgets."""
         assert self.budget_bytes is not None
         below = min((r for _, r in self.cuts if r > self.budget_bytes), default=math.inf)
-        self.tangents.append(Tangent(self.budget_bytes, bound, min(0.0, program.slope), below))
+        rows = frozenset(program.binding)
+        self.tangents.append(Tangent(self.budget_bytes, bound, min(0.0, program.slope), below, rows))
 
     def bound(self) -> int:
         """Return what the tangents known bound at this budget."""
