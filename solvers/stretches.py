@@ -18,7 +18,7 @@ from solvers.search import Search
 from solvers.units import Units
 
 STRETCHES, OVERLAP = (4, 16), 0.3  # of the forward, in turn, and how much longer than its share of the units each is
-STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.1  # of the time for one at most; what they leave
+STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.02  # of the time for one at most; what they leave
 
 
 def free_stretches(search: Search, rounds: Rounds) -> None:
