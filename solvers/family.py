@@ -35,15 +35,16 @@ def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tu
     units, least = build_units(problem), remembered(problem, limits)
     known = limits.known if least is None else (*limits.known, least.single.schedule)
     ordered, started = sorted(set(budgets)), time.monotonic()
-    even = limits.seconds / max(1, len(ordered))
     patience = limits.seconds * PATIENCE
     rounds: Rounds | None = None
     found: list[Solution] = []
     for i, budget in enumerate(ordered):
         spent = time.monotonic() - started
         left = limits.seconds * ((i + 1) / len(ordered)) ** SLOPE - spent
-        share = replace(limits, seconds=max(patience if spent < limits.seconds else even / 2, left), known=known)
-        enough = 0.0 if left > 0 else WIDE if spent < limits.seconds else 1.0
+        ends = spent > limits.seconds - patience
+        least_s = limits.seconds / len(ordered) / 2 if ends else patience
+        enough = 1.0 if ends else 0.0 if left > 0 else WIDE
+        share = replace(limits, seconds=max(least_s, left), known=known)
         answer, rounds = _member(problem.with_budget(budget), units, share, rounds, enough, patience)
         found.append(answer)
         if answer.schedule is not None:
