@@ -42,9 +42,9 @@ def solve_family(problem: Problem, budgets: Iterable[int], limits: Limits) -> tu
         spent = time.monotonic() - started
         left = limits.seconds * ((i + 1) / len(ordered)) ** SLOPE - spent
         ends = spent > limits.seconds - patience
-        least_s = limits.seconds / len(ordered) / 2 if ends else patience
+        at_least = limits.seconds / len(ordered) / 2 if ends else patience
         enough = 1.0 if ends else 0.0 if left > 0 else WIDE
-        share = replace(limits, seconds=max(least_s, left), known=known)
+        share = replace(limits, seconds=max(at_least, left), known=known)
         answer, rounds = _member(problem.with_budget(budget), units, share, rounds, enough, patience)
         found.append(answer)
         if answer.schedule is not None:

@@ -69,8 +69,8 @@ def prove(
         mend_checkpoints(search, units)
         tighter = tighten(search, rounds)
         free_stretches(search, rounds)
-        if tighter is not None:
-            search.bound_ns = max(search.bound_ns, tighter.wait())
+        if tighter is not None and tighter.wait():
+            search.bound_ns = max(search.bound_ns, tighter.bound)
             rounds.touch(tighter.program, tighter.bound)
     for _ in range(ROUNDS):
         if search.left() <= 0.05 or search.closed():
