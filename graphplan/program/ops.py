@@ -18,6 +18,7 @@ from graphplan.codecs.readers import READERS
 from graphplan.functions.register import NAMESPACE, name_of
 from graphplan.in_place import batch_norm_, forms_of
 from graphplan.step import slices
+from graphplan.step.chunked import linear_cross_entropy
 from graphplan.step.clip import clip_factor
 from graphplan.step.updates import RULES
 
@@ -70,6 +71,7 @@ PLAIN: dict[str, Target] = {
     "getitem": operator.getitem,
     "batch_norm_": batch_norm_,
     "clip_factor": clip_factor,
+    "linear_cross_entropy": linear_cross_entropy,
     **{f.__name__: f for f in slices.SLICED},
     **{f.__name__: f for rule in RULES.values() for f in (rule.update, rule.of_product)},
 }

@@ -35,7 +35,12 @@ def linear_cross_entropy(
 
     hidden (N, D), weight_t (D, V), bias (V,), target (N,); gradients (N, D), (V, D), (1, V). `reduction` is torch's: 1
     mean, 2 sum. The terms are those of the whole computation; only sums over chunks round differently.
+
+    Raises:
+        ValueError: targets of another batch, or another reduction.
     """
+    if target.shape != hidden.shape[:1] or reduction not in (1, 2):
+        raise ValueError(f"targets of shape {tuple(target.shape)} for {hidden.shape[0]} rows, reduction {reduction}")
     count, vocabulary = hidden.shape[0], weight_t.shape[1]
     total = (target != ignore_index).sum().to(hidden.dtype)
     one = hidden.new_ones(())

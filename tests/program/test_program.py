@@ -269,6 +269,38 @@ def test_a_model_that_is_a_sequence_is_a_program() -> None:
     assert list(program.make_model().state_dict()) == list(model.state_dict())
 
 
+def _chunked() -> tuple[Document, TrainStep, Tensor, Tensor]:
+    """A step whose loss is computed in chunks of rows, for a budget that nothing else fits, as a document."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4000)), torch.randn(256, 32), torch.arange(256)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", x, y)
+    step = step.at_budget(step.least_peaks(x, y)[1])
+    step.prepare(x, y)
+    return json.loads(_text(step, x, y)), step, x, y
+
+
+def test_a_loss_in_chunks_is_a_program() -> None:
+    document, step, x, y = _chunked()
+    assert any(c[0] == "linear_cross_entropy" for c in document["calls"])
+    program = read_program(json.dumps(document), step.plan.budget_bytes)
+    held = program.make_model()
+    held.load_state_dict(step.model.state_dict())
+    loaded = program.bind(held, torch.optim.SGD(held.parameters(), lr=0.1))
+    for _ in range(3):
+        assert torch.equal(loaded(x, y), step(x, y))
+    measured = graphplan.measure(loaded, x, example_targets=y, runs=1)
+    assert measured.peak_bytes <= step.plan.budget_bytes
+
+
+@pytest.mark.parametrize(("place", "value"), [(4, 0), (4, 3), (3, {"%": 0}), (0, {"%": 1}), (6, None), (2, {"%": 0})])
+def test_a_loss_in_chunks_takes_nothing_else(place: int, value: Any) -> None:
+    document = _chunked()[0]
+    _call(document, "linear_cross_entropy")[1][place] = value
+    with pytest.raises(ProgramError, match="cannot run"):
+        read_program(json.dumps(document), ROOM)
+
+
 def test_indices_are_not_written_over(document: Document) -> None:
     def change(d: Document) -> None:
         place = next(i for i, c in enumerate(d["calls"]) if "max_pool2d_with_indices_backward" in c[0])
