@@ -7,45 +7,58 @@ do not, and open the way for them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
-from solvers.evaluate import Fates
-from solvers.rounds import WIDE, Rounds, start_rows, take
+from solvers.rounds import WIDE, Found, Rounds, start_rows, take
 from solvers.search import Search
 from solvers.units import Units
 
 STRETCHES, OVERLAP = (4, 16), 0.3  # of the forward, in turn, and how much longer than its share of the units each is
+HANDS = 2  # stretches decided at once
 STRETCH_SHARE, STRETCHES_SHARE = 0.13, 0.02  # of the time for one at most; what they leave
 
 
 def free_stretches(search: Search, rounds: Rounds) -> None:
     """Where a wide gap is left, decide each of the stretches again, all else as it is best, as long as any helps.
 
-    Proves nothing.
+    Two at a time, each on a core of its own. Proves nothing.
     """
-    free, tried = list(_all_stretches(rounds.units)), dict[int, int | None]()
-    while any(tried.get(k, -1) != search.cost_ns for k in range(len(free))):
-        for k, units in enumerate(free):
-            if tried.get(k, -1) == search.cost_ns:
-                continue
+    free, tried, at = list(_all_stretches(rounds.units)), dict[int, int | None](), 0
+    hands = [replace(rounds, built=None) for _ in range(min(HANDS, os.cpu_count() or 1))]
+    with ThreadPoolExecutor(len(hands)) as pool:
+        while stale := [k for k in range(len(free)) if tried.get(k, -1) != search.cost_ns]:
             late = search.left() <= STRETCHES_SHARE * search.limits.seconds
             if search.fates is None or late or search.closed(WIDE):
                 return
-            tried[k] = search.cost_ns
+            now = sorted(stale, key=lambda k: (k < at, k))[: len(hands)]
+            at = now[-1] + 1
+            tried.update(dict.fromkeys(now, search.cost_ns))
             # Rows of its own: those that other stretches broke only slow this one down.
-            rounds = replace(rounds, rows=start_rows(rounds.units, search.fates))
-            rounds.model()  # built once for all stretches of one plan
-            _decide(search, replace(rounds, rows=set(rounds.rows), cuts=list(rounds.cuts)), search.fates, units)
+            rows = start_rows(rounds.units, search.fates)
+            hands = [replace(hand, rows=set(rows), cuts=list(rounds.cuts)) for hand in hands]
+            _decide(search, hands, [free[k] for k in now], pool)
 
 
-def _decide(search: Search, rounds: Rounds, best: Fates, free: set[int]) -> None:
-    """Offer the best plan with the units `free` decided again; mended, where that breaks rows which it did not know."""
-    fixed = tuple((a, int(m)) for a, m in enumerate(best) if a not in free)
-    seconds = min(STRETCH_SHARE * search.limits.seconds, search.left())
-    take(search, rounds, rounds.solve(search.limits, seconds, best, fixed))
+def _decide(search: Search, hands: list[Rounds], free: list[set[int]], pool: ThreadPoolExecutor) -> None:
+    """Offer the best plan with each of these sets of units decided again, then with all of them; mended, where that
+    breaks rows which it did not know."""
+    best, seconds = search.fates, min(STRETCH_SHARE * search.limits.seconds, search.left())
+    assert best is not None
+
+    def solve(hand: Rounds, units: set[int]) -> Found:
+        fixed = tuple((a, int(m)) for a, m in enumerate(best) if a not in units)
+        return hand.solve(search.limits, seconds, best, fixed)
+
+    for hand, units, found in zip(hands, free, pool.map(solve, hands, free), strict=False):
+        if found.fates is not None and search.fates is not None:
+            inside = np.isin(np.arange(len(best)), list(units))
+            found = replace(found, fates=np.where(inside, found.fates, search.fates))
+        take(search, hand, found)
 
 
 def _all_stretches(units: Units) -> Iterator[set[int]]:

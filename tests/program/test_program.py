@@ -272,7 +272,11 @@ def test_a_model_that_is_a_sequence_is_a_program() -> None:
 def _chunked() -> tuple[Document, TrainStep, Tensor, Tensor]:
     """A step whose loss is computed in chunks of rows, for a budget that nothing else fits, as a document."""
     torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4000)), torch.randn(256, 32), torch.arange(256)
+    model, x, y = (
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4000)),
+        torch.randn(256, 32),
+        torch.arange(256),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = graphplan.train_step(model, F.cross_entropy, optimizer, "100%", x, y)
     step = step.at_budget(step.least_peaks(x, y)[1])
