@@ -139,10 +139,11 @@ def relax(search: Search, rounds: Rounds, patience: float) -> Shares:
             break
         program = LinearProgram(model)
         values, bound = program.solve(max(patience, search.left() / 2))
+        if math.isfinite(bound):
+            search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))
+            rounds.touch(program, bound)
         if values is None:
             break
-        search.bound_ns = max(search.bound_ns or 0, math.ceil(bound))
-        rounds.touch(program, bound)
         shares = tuple(tuple(values[x.index] if len(xs) > 1 else 0.0 for x in xs) for xs in model.chosen)
         plans = round_all(model, values)
         found = profiles(units, plans)

@@ -24,6 +24,7 @@ LINEAR_SIZE = 250_000  # coefficients of a linear program that is too slow to so
 COEFFICIENT = 15e-6  # seconds for one of them
 MARGIN = 1e-6  # of an optimum, for what floating point may have added to it
 ENDLESS = 2**62  # an end of a domain that is none
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 LEVELS = (0.0005, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 0.9995)  # keep a unit that is kept to at least this part
 
 
@@ -94,7 +95,8 @@ class LinearProgram:
     def solve(self, seconds: float) -> tuple[list[float] | None, float]:
         """Return the value of every variable at an optimum, and a bound on the objective.
 
-        The values are None, and the bound minus infinity, when there is no optimum or time is up.
+        Where there is none, or time is up first, the values are None and the bound is that of the duals so far, minus
+        infinity if there are none.
         """
         proto = model_pb2.ModelProto()
         n, m = len(self.domains), len(self.low)
@@ -115,15 +117,35 @@ class LinearProgram:
         parameters = mathopt.SolveParameters(glop=glop, time_limit=timedelta(seconds=max(0.05, seconds)))
         program = mathopt.Model.from_model_proto(proto)
         result = mathopt.solve(program, mathopt.SolverType.GLOP, params=parameters)
-        if result.termination.reason is not mathopt.TerminationReason.OPTIMAL:
-            return None, -math.inf
-        values = result.variable_values()
-        optimum = result.objective_value() * self.scale + self.offset
-        rows = list(program.linear_constraints())
-        duals = result.dual_values([rows[row] for row, _, _ in self.within])
-        self.slope = self.scale * sum(y / by for y, (_, _, by) in zip(duals, self.within, strict=True))
-        self.binding = {t for y, (_, t, _) in zip(duals, self.within, strict=True) if y < 0}
-        return [values[v] for v in program.variables()], optimum - MARGIN * abs(optimum)
+        values, bound = None, -math.inf
+        if result.termination.reason is mathopt.TerminationReason.OPTIMAL:
+            optimum, found = result.objective_value() * self.scale + self.offset, result.variable_values()
+            values = [found[v] for v in program.variables()]
+            bound = optimum - MARGIN * abs(optimum)
+        if result.solutions and result.solutions[0].dual_solution is not None:
+            prices = result.solutions[0].dual_solution.dual_values
+            duals = np.array([prices[row] for row in program.linear_constraints()])
+            self._see(duals)
+            if values is None:
+                bound = self._bound(duals)
+        return values, bound
+
+    def _see(self, duals: Vector) -> None:
+        """Note what the memory rows add to a bound."""
+        held = [(float(duals[row]), t, by) for row, t, by in self.within]
+        self.slope = self.scale * sum(y / by for y, _, by in held)
+        self.binding = {t for y, t, _ in held if y < 0}
+
+    def _bound(self, duals: Vector) -> float:
+        """Return the Lagrangian bound: no value of the objective is smaller, whatever the duals are."""
+        sides = np.where(duals > 0, np.array(self.low), np.array(self.high))
+        duals, sides = np.where(np.isfinite(sides), (duals, sides), 0.0)
+        prices = np.zeros(len(self.domains))
+        prices[list(self.cost)] = list(self.cost.values())
+        prices -= np.bincount(self.columns, np.array(self.values) * duals[self.rows], len(prices))
+        least, most = np.array([(d[0], d[-1]) for d in self.domains], float).T
+        bound = float((prices * np.where(prices > 0, least, most)).sum() + duals @ sides) * self.scale + self.offset
+        return bound - MARGIN * abs(bound)
 
 
 def coefficients(model: EpochModel) -> int:

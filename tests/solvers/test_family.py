@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from solvers import Limits, Status, least_peak, simulate, solve, solve_family
@@ -94,3 +95,25 @@ def test_hardly_any_time_leaves_valid_answers() -> None:
             best = solve(problem.with_budget(budget), "ilp", Limits(seconds=10, gap=0.0))
             assert best.schedule is not None
             assert answer.lower_bound_ns <= simulate(problem, best.schedule).cost_ns
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_duals_bound_a_linear_program(seed: int) -> None:
+    """So those of a search that time cut do; the optimum's own give the optimum."""
+    problem = random_problem(9100 + seed, 12)
+    top, low = simulate(problem, problem.program).peak_bytes, least_peak(problem).single_peak_bytes
+    assert low is not None
+    budget = (low + top) // 2
+    program = LinearProgram(
+        Rounds(build_units(problem), budget, set(range(problem.turn, len(problem.program)))).model()
+    )
+    seen: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    program._see = seen.append  # type: ignore[method-assign]
+    values, optimum = program.solve(10.0)
+    assert values is not None
+    assert program._bound(seen[0]) == pytest.approx(optimum, rel=1e-5)
+    noise = np.random.default_rng(seed)
+    for scale in (0.01, 0.3, 3.0):
+        duals = seen[0] + noise.normal(0, scale, len(seen[0]))
+        assert program._bound(duals) <= optimum * (1 + 1e-5)
+    assert math.isfinite(program._bound(noise.normal(0, 1, len(seen[0]))))
