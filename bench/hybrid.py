@@ -30,6 +30,7 @@ from bench.processes import rows_of, run_again, save_row
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75)
 KINDS = ("hybrid", "recompute", "compress")
+STEPS_SECONDS, MOST_PAIRS = 40.0, 41
 SUMS = ("int8", "int4", "int2")
 
 
@@ -76,7 +77,7 @@ def predicted(here: Ground, seconds: float) -> dict[str, Any]:
 def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str, Any]]:
     """Run the plans of each budget beside plain steps, in turn; return each kind's time over plain's.
 
-    A kind whose plan is the hybrid one itself is not run a second time.
+    At least `pairs` times, more where steps are short. A kind whose plan is the hybrid one itself is not run again.
     """
     import graphplan
     from bench.pairs import Ratio, rounds
@@ -98,7 +99,9 @@ def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str,
             graphplan.apply(here.model, plan_of(here, schedules[part, k]), here.example.inputs, **here.loss)
             for k in kinds
         ]
-        times = rounds(tuple(step(m) for m in (here.model, *modules)), pairs)
+        calls = tuple(step(m) for m in (here.model, *modules))
+        once = sum(rounds(calls, 1)[0]) / 1e9
+        times = rounds(calls, max(pairs, min(MOST_PAIRS, int(STEPS_SECONDS / once))))
         row: dict[str, Any] = {"part": part, "same": [k for k in found if k not in kinds]}
         for i, kind in enumerate(kinds):
             row[kind] = asdict(Ratio.of([t[i + 1] / t[0] for t in times]))
