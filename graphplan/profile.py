@@ -1,7 +1,8 @@
-"""profile: run each distinct instruction alone, warm, and read its time and scratch memory.
+"""profile: run each distinct instruction alone and read its time and scratch memory.
 
 Instructions run on made-up tensors of the captured shapes, one at a time, so profiling never needs more memory
-than the largest single op, and never touches the user's tensors, buffers, gradients or RNG stream.
+than the largest single op, and never touches the user's tensors, buffers, gradients or RNG stream. On a CPU they are
+timed as a planned step runs them: on pages that are there, with operands that other ops have driven from the caches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from graphplan.device import Device, Sample, sample_key
 from graphplan.graph import Graph, target_text
+from graphplan.heap import Room
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
 from graphplan.passes import made_up
@@ -24,6 +26,8 @@ from graphplan.telling import Values, telling_values, with_values
 MIN_RUNS = 3
 MAX_RUNS = 15
 ENOUGH_NS = 2_000_000  # more runs than MIN_RUNS only while they are cheap
+CACHE_BYTES = 64 << 20  # written between runs, so that operands are no longer in a CPU's caches
+LEAST_BYTES = 1 << 20  # touched by an op, or it is timed warm
 Progress = Callable[[str, int, int], None]
 
 
@@ -239,14 +243,27 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
                 if progress:
                     progress("memory of each op", i + 1, total)
         scratch = _scratch(ran, meter.readings)
-        for i, probe in enumerate(p for p in probes if p.key in scratch):
+        own = {p.key: p.touched_bytes + scratch[p.key] for p in probes if p.key in scratch}
+        largest, room = max(own.values(), default=0), Room()
+        room.hold(2 * largest if device.type == "cpu" else 0)
+        for i, probe in enumerate(p for p in probes if p.key in own):
             inputs = [made_up(t, device) for t in probe.inputs]
-            cost_ns = _time(probe.module, inputs, device) if probe.timed else 0
-            del inputs
+            others = _others(largest - own[probe.key], probe, device)
+            cost_ns = _time(probe.module, inputs, device, others) if probe.timed else 0
+            del inputs, others
             samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[probe.key])
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
+        room.release()
     return samples
+
+
+def _others(spare_bytes: int, probe: _Probe, device: torch.device) -> Tensor | None:
+    """Return memory to write between the runs of a probe, no more than the largest op would take beside it."""
+    nbytes = min(CACHE_BYTES, spare_bytes)
+    if device.type != "cpu" or probe.touched_bytes < LEAST_BYTES or nbytes < LEAST_BYTES:
+        return None
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _scratch(ran: Sequence[tuple[_Probe, bool, bool]], readings: Sequence[Reading]) -> dict[str, int]:
@@ -282,12 +299,14 @@ def _described(value: Any) -> Any:
     return {k: _described(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device) -> int:
-    """Return the median ns of one call, warm."""
+def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device, others: Tensor | None) -> int:
+    """Return the median ns of one call; before each, `others` are written."""
     sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     run(*inputs)
     times: list[int] = []
     while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < ENOUGH_NS):
+        if others is not None:
+            others.fill_(len(times))
         sync()
         start = time.perf_counter_ns()
         outputs = run(*inputs)
