@@ -34,15 +34,14 @@ class LinearProgram:
     def __init__(self, model: EpochModel) -> None:
         """Translate every constraint; rows of bytes are scaled to hundredths of their largest coefficient."""
         self.model, proto = model, model.model.proto
-        self.slope = 0.0  # of the optimum that `solve` found, in its unit a byte of budget
         self.low, self.high = list[float](), list[float]()
         self.rows, self.columns, self.values = list[int](), list[int](), list[float]()
-        self.binding: set[int] = set()  # positions whose memory rows hold that optimum up
         self.within = list[tuple[int, int, float]]()  # such a row, its position, and what its bytes are divided by
         for i, c in enumerate(proto.constraints):
             if i in model.within and c.has_linear():
                 self.within.append((len(self.low), model.within[i], _scale(c.linear.coeffs)))
             self._translate(c)
+        self.duals: Vector = np.zeros(len(self.low))  # of the optimum, or where time cut the search for it
         self.domains = [list(v.domain) for v in proto.variables]
         self.offset = float(proto.objective.offset)
         self.scale = max(1.0, float(max(map(abs, proto.objective.coeffs), default=1)) / 1000)
@@ -124,27 +123,36 @@ class LinearProgram:
             bound = optimum - MARGIN * abs(optimum)
         if result.solutions and result.solutions[0].dual_solution is not None:
             prices = result.solutions[0].dual_solution.dual_values
-            duals = np.array([prices[row] for row in program.linear_constraints()])
-            self._see(duals)
+            self.duals = self.signed(np.array([prices[row] for row in program.linear_constraints()]))
             if values is None:
-                bound = self._bound(duals)
+                bound = self.lagrangian()
         return values, bound
 
-    def _see(self, duals: Vector) -> None:
-        """Note what the memory rows add to a bound."""
-        held = [(float(duals[row]), t, by) for row, t, by in self.within]
-        self.slope = self.scale * sum(y / by for y, _, by in held)
-        self.binding = {t for y, t, _ in held if y < 0}
+    @property
+    def slope(self) -> float:
+        """What the bound of the duals changes by, in its unit a byte of budget."""
+        return self.scale * sum(float(self.duals[row]) / by for row, _, by in self.within)
 
-    def _bound(self, duals: Vector) -> float:
-        """Return the Lagrangian bound: no value of the objective is smaller, whatever the duals are."""
-        sides = np.where(duals > 0, np.array(self.low), np.array(self.high))
-        duals, sides = np.where(np.isfinite(sides), (duals, sides), 0.0)
+    @property
+    def binding(self) -> set[int]:
+        """The positions whose memory rows hold that bound up."""
+        return {t for row, t, _ in self.within if self.duals[row] < 0}
+
+    def signed(self, duals: Vector) -> Vector:
+        """Return the duals (rows,) without those that price an end which a row has not."""
+        sides = np.where(duals > 0, self.low, self.high)
+        return np.where(np.isfinite(sides), duals, 0.0)
+
+    def lagrangian(self) -> float:
+        """Return what the duals bound: no value of the objective is smaller, whatever they are."""
+        sides = np.where(self.duals > 0, self.low, self.high)
         prices = np.zeros(len(self.domains))
         prices[list(self.cost)] = list(self.cost.values())
-        prices -= np.bincount(self.columns, np.array(self.values) * duals[self.rows], len(prices))
+        prices -= np.bincount(self.columns, np.array(self.values) * self.duals[self.rows], len(prices))
         least, most = np.array([(d[0], d[-1]) for d in self.domains], float).T
-        bound = float((prices * np.where(prices > 0, least, most)).sum() + duals @ sides) * self.scale + self.offset
+        bound = (prices * np.where(prices > 0, least, most)).sum()
+        bound += self.duals @ np.where(self.duals == 0, 0.0, sides)
+        bound = float(bound) * self.scale + self.offset
         return bound - MARGIN * abs(bound)
 
 

@@ -99,21 +99,23 @@ def test_hardly_any_time_leaves_valid_answers() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_duals_bound_a_linear_program(seed: int) -> None:
-    """So those of a search that time cut do; the optimum's own give the optimum."""
+    """So those of a search that time cut do, and the line that they leave; the optimum's own give the optimum."""
     problem = random_problem(9100 + seed, 12)
     top, low = simulate(problem, problem.program).peak_bytes, least_peak(problem).single_peak_bytes
     assert low is not None
-    budget = (low + top) // 2
-    program = LinearProgram(
-        Rounds(build_units(problem), budget, set(range(problem.turn, len(problem.program)))).model()
-    )
-    seen: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
-    program._see = seen.append  # type: ignore[method-assign]
-    values, optimum = program.solve(10.0)
-    assert values is not None
-    assert program._bound(seen[0]) == pytest.approx(optimum, rel=1e-5)
-    noise = np.random.default_rng(seed)
+    rows, optima = set(range(problem.turn, len(problem.program))), dict[int, float]()
+    budgets = [low + (top - low) * i // 4 for i in range(5)]
+    for budget in (*budgets, budgets[2]):  # the last one's line is looked at on both sides
+        rounds = Rounds(build_units(problem.with_budget(budget)), budget, rows)
+        program = LinearProgram(rounds.model())
+        values, optimum = program.solve(10.0)
+        if values is not None:
+            assert program.lagrangian() == pytest.approx(optimum, rel=1e-5)
+            optima[budget] = optimum
+    assert optima
+    noise, own = np.random.default_rng(seed), program.duals
     for scale in (0.01, 0.3, 3.0):
-        duals = seen[0] + noise.normal(0, scale, len(seen[0]))
-        assert program._bound(duals) <= optimum * (1 + 1e-5)
-    assert math.isfinite(program._bound(noise.normal(0, 1, len(seen[0]))))
+        program.duals = program.signed(own + noise.normal(0, scale, len(own)))
+        rounds.touch(program, program.lagrangian())
+        for budget, optimum in optima.items():
+            assert rounds.tangents[-1].at(budget) <= optimum + 1e-5 * abs(optimum) + 2

@@ -1,4 +1,4 @@
-"""Stretches of the forward decided one after the other: they cover it, help a long graph, and never break a plan."""
+"""Stretches of the forward decided again: they cover it, help a long graph, and never break a plan."""
 
 from __future__ import annotations
 
