@@ -45,8 +45,10 @@ def free_stretches(search: Search, rounds: Rounds) -> None:
 
 
 def _decide(search: Search, hands: list[Rounds], free: list[set[int]], pool: ThreadPoolExecutor) -> None:
-    """Offer the best plan with each of these sets of units decided again, then with all of them; mended, where that
-    breaks rows which it did not know."""
+    """Offer the best plan with the first of these sets of units decided again, then with the next one, too.
+
+    What breaks rows that the decision did not know is mended.
+    """
     best, seconds = search.fates, min(STRETCH_SHARE * search.limits.seconds, search.left())
     assert best is not None
 
