@@ -245,6 +245,7 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
         scratch = _scratch(ran, meter.readings)
         own = {p.key: p.touched_bytes + scratch[p.key] for p in probes if p.key in scratch}
         largest, room = max(own.values(), default=0), Room()
+        # With room for it once, holes between what is held leave some runs without: they fault again.
         room.hold(2 * largest if device.type == "cpu" else 0)
         for i, probe in enumerate(p for p in probes if p.key in own):
             inputs = [made_up(t, device) for t in probe.inputs]
