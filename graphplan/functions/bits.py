@@ -33,13 +33,13 @@ def _empty_mask(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> T
 def unpack_bits(packed: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Return the bool tensor whose elements in storage order are the bits of `packed`, lowest first."""
     mask = _empty_mask(packed, size, stride)
+    if native.serves(mask):
+        native.run("unpack", packed, native.line(mask))
+        return mask
     flat = in_storage_order(mask)
     if not by_numpy(packed):
         for piece, chunk in pieces(mask.numel()):
             flat[chunk] = spread_bits(packed[piece], chunk.stop - chunk.start)
-        return mask
-    if native.serves(mask):
-        native.run("unpack", packed, flat)
         return mask
     source = packed.numpy()
     for piece, chunk in pieces(mask.numel(), 2 * CHUNK):  # a byte each, and those before are still there

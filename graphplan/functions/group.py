@@ -62,38 +62,65 @@ def _packed_like(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
 @registered("(Tensor x, int bits, int key, int slot) -> Tensor", _packed_like)
 def quantise(x: Tensor, bits: int, key: int, slot: int) -> Tensor:
     """Return dense x in storage order as uint8 (quantised_bytes,). `key` differs by step, `slot` by tensor."""
-    packed, flat = _packed_like(x, bits, key, slot), in_storage_order(x)
-    if bits != HALF and native.serves(x) and _agrees(bits):
-        encode_by_loop("encode", packed, flat, bits, mix(key, slot))
+    packed = _packed_like(x, bits, key, slot)
+    if native.serves(x) and _agrees("encode", bits):
+        encode_by_loop("encode", packed, x, bits, mix(key, slot))
     else:
+        flat = in_storage_order(x)
         encode(packed, x.numel(), bits, mix(key, slot), lambda start, stop: flat[start:stop], x.dtype)
     return packed
 
 
-def encode_by_loop(name: str, packed: Tensor, flat: Tensor, bits: int, seed: int, *given: Any) -> None:
-    """Write the code of flat (n,), or of what the loop makes of it and of `given`, as `encode` does.
+def encode_by_loop(name: str, packed: Tensor, x: Tensor, bits: int, seed: int, *given: Any) -> None:
+    """Write the code of dense x, or of what the loop makes of it and of `given`, as `encode` does."""
+    elements, table, place = native.line(x), _noise(), seed % SPAN
+    for part, start, stop in parts_of(packed, len(elements), bits):
+        missing = -stop % GROUP
+        own = np.pad(elements[start:], (0, missing), mode="edge") if missing else elements[start:stop]
+        begin = place + start % SPAN
+        native.run(name, own, *given, table[begin : begin + min(SPAN, len(own))], _unit(bits), bits, *part)
 
-    What is cut up are arrays, not tensors: a torch function that has left the caches takes 50 us (DECISIONS 61).
-    """
-    x, memory, table, place = *map(native.array, (flat, packed, noise_table(packed.device))), seed % SPAN
-    groups, each, unit = -(-len(x) // GROUP), GROUP * bits // 8, native.number(kernels.unit_of(bits))
-    side, whole = memory[groups * each :].view(np.float32), len(x) // GROUP * GROUP
-    for start, stop in ((0, whole), (whole, len(x))):
+
+def decode_by_loop(packed: Tensor, x: Tensor, bits: int) -> None:
+    """Write the code of groups to dense x, float32."""
+    elements = native.line(x)
+    for part, start, stop in parts_of(packed, len(elements), bits):
+        out = np.empty(GROUP, np.float32) if stop % GROUP else elements[start:stop]
+        native.run("decode", *part, bits, out)
+        if stop % GROUP:
+            elements[start:] = out[: stop - start]
+
+
+def parts_of(packed: Tensor, numel: int, bits: int) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+    """Yield arrays (codes, minima, steps), first element and end: of all whole groups, then of a short last one."""
+    memory, groups, each = native.array(packed), -(-numel // GROUP), GROUP * bits // 8
+    side, whole = memory[groups * each :].view(np.float32), numel // GROUP * GROUP
+    for start, stop in ((0, whole), (whole, numel)):
         if start < stop:
-            missing, first, last = -stop % GROUP, start // GROUP, -(-stop // GROUP)
-            part = np.pad(x[start:], (0, missing), mode="edge") if missing else x[start:stop]
-            begin, codes = place + start % SPAN, memory[first * each : last * each]
-            low, step = side[first:last], side[groups + first : groups + last]
-            native.run(name, part, *given, table[begin : begin + min(SPAN, len(part))], unit, bits, codes, low, step)
+            first, last = start // GROUP, -(-stop // GROUP)
+            codes = memory[first * each : last * each]
+            yield (codes, side[first:last], side[groups + first : groups + last]), start, stop
 
 
-def _agrees(bits: int) -> bool:
-    """Return whether the loop stands, and its codes are the kernel's."""
+@cache
+def _agrees(half: str, bits: int) -> bool:
+    """Return whether a loop of groups stands, and does what the kernel does."""
     cpu = torch.device("cpu")
     return (
-        _loop("encode", bits, torch.float32, cpu) is not None
-        and _fast("encode", 0, bits, torch.float32, cpu) is not None
+        bits != HALF
+        and _loop(half, bits, torch.float32, cpu) is not None
+        and _fast(half, 0, bits, torch.float32, cpu) is not None
     )
+
+
+@cache
+def _noise() -> Any:
+    return native.array(noise_table(torch.device("cpu")))
+
+
+@cache
+def _unit(bits: int) -> Any:
+    return native.number(kernels.unit_of(bits))
 
 
 def encode(
@@ -137,12 +164,16 @@ def dequantise(packed: Tensor, bits: int, size: Sequence[int], stride: Sequence[
     if bits == HALF:
         in_storage_order(x).copy_(packed.view(torch.bfloat16))
     else:
-        decode(packed, in_storage_order(x), bits)
+        decode(packed, x, bits)
     return x
 
 
-def decode(packed: Tensor, flat: Tensor, bits: int) -> None:
-    """Write the code of groups to flat (n,)."""
+def decode(packed: Tensor, x: Tensor, bits: int) -> None:
+    """Write the code of groups to dense x."""
+    if x.dtype is torch.float32 and native.serves(x) and _agrees("decode", bits):
+        decode_by_loop(packed, x, bits)
+        return
+    flat = in_storage_order(x)
     for start, stop, write in decodings(packed, flat.numel(), bits, flat.dtype):
         whole = (stop - start) % GROUP == 0
         out = flat[start:stop] if whole else flat.new_empty(-(-(stop - start) // GROUP) * GROUP)
@@ -215,8 +246,7 @@ def _loop(half: str, bits: int, dtype: torch.dtype, device: torch.device) -> Ker
         return lambda x, noise, out: native.run("round_half", x.view(torch.uint32), noise, out)
 
     def encode(x: Tensor, noise: Tensor, codes: Tensor, low: Tensor, step: Tensor) -> None:
-        unit = native.number(kernels.unit_of(bits))
-        native.run("encode", x.view(-1), noise.reshape(-1), unit, bits, codes.view(-1), low, step)
+        native.run("encode", x.view(-1), noise.reshape(-1), _unit(bits), bits, codes.view(-1), low, step)
 
     return encode
 

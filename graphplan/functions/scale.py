@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphplan.functions import native
-from graphplan.functions.bits import fills, in_storage_order, memory_order
+from graphplan.functions.bits import fills, memory_order
 
 
 class Scale(NamedTuple):
@@ -36,7 +36,7 @@ def scaled_from_bits(op: torch._ops.OpOverload, args: tuple[Any, ...], at: int, 
     make = SCALES.get(op._schema.name)
     if make is None or at != 1 or not native.serves(args[0], out):
         return False
-    _run(make(*args[2:]), bits, True, in_storage_order(args[0]), in_storage_order(out))
+    _run(make(*args[2:]), bits, True, args[0], out)
     return True
 
 
@@ -45,7 +45,7 @@ def scaled_by_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor | None:
     out = torch.empty_like(x)
     if not native.serves(x, mask) or not _in_one_order(x, mask, out):
         return None
-    _run(Scale(scale, 0.0), in_storage_order(mask), False, in_storage_order(x), in_storage_order(out))
+    _run(Scale(scale, 0.0), mask, False, x, out)
     return out
 
 
@@ -59,5 +59,5 @@ def _in_one_order(x: Tensor, *others: Tensor) -> bool:
 
 def _run(scale: Scale, mask: Tensor, bits: bool, x: Tensor, out: Tensor) -> None:
     on, off = native.number(scale.on or 0.0), native.number(scale.off or 0.0)
-    same, zero = scale.on is None, scale.off is None
-    native.run("scale", mask, bits, on, off, same, zero, x, out, x.data_ptr() == out.data_ptr())
+    same, zero, over = scale.on is None, scale.off is None, x.data_ptr() == out.data_ptr()
+    native.run("scale", native.line(mask), bits, on, off, same, zero, native.line(x), native.line(out), over)

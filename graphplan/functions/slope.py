@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphplan.functions import native
 from graphplan.functions.bits import in_storage_order, memory_order
-from graphplan.functions.group import code_parts, decode, decodings, encode, encode_by_loop, mix, quantised_bytes
+from graphplan.functions.group import decode, decodings, encode, encode_by_loop, mix, parts_of, quantised_bytes
 from graphplan.functions.group_kernels import GROUP, SPAN
 from graphplan.functions.register import derived, registered
 
@@ -56,10 +56,11 @@ def quantise_slopes(x: Tensor, function: str, consts: Sequence[float], bits: int
 
     `key` differs by step, `slot` by tensor.
     """
-    packed, flat = _slopes_like(x, function, consts, bits, key, slot), in_storage_order(x)
+    packed = _slopes_like(x, function, consts, bits, key, slot)
     if function in LOOPS and native.serves(x) and _agrees(function):
-        encode_by_loop("encode_slopes", packed, flat, bits, mix(key, slot), LOOPS[function])
+        encode_by_loop("encode_slopes", packed, x, bits, mix(key, slot), LOOPS[function])
         return packed
+    flat = in_storage_order(x)
 
     def load(start: int, stop: int) -> Tensor:
         one = torch.ones((), device=x.device).expand(stop - start)
@@ -111,11 +112,11 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
             out = torch.empty_strided(tuple(size), tuple(result_stride), dtype=dtype, device=grad.device)
         order = memory_order(size, stride)
         if all(memory_order(t.shape, t.stride()) == order for t in (grad, out)):
-            _times(packed, bits, in_storage_order(grad), in_storage_order(out), over is not None)
+            _times(packed, bits, grad, out, over is not None)
             return out
         # The gradient lies in another order: all derivatives at once, beside the result.
         slopes = torch.empty_strided(tuple(size), tuple(stride), device=grad.device)
-        decode(packed, in_storage_order(slopes), bits)
+        decode(packed, slopes, bits)
         return torch.mul(grad, slopes, out=out) if out.dtype is slopes.dtype else out.copy_(grad * slopes)
 
     def fake(
@@ -131,10 +132,11 @@ def from_slopes(op: torch._ops.OpOverload, at: int, over: int | None = None) -> 
 
 
 def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> None:
-    """Write grad (n,) times the derivatives packed to out (n,), which is grad if `over`."""
+    """Write grad times the derivatives packed to out, which is grad if `over`: both in the order of the packed."""
     if native.serves(grad, out) and _multiplies(bits):
         _times_by_loop(packed, bits, grad, out, over)
         return
+    grad, out = in_storage_order(grad), in_storage_order(out)
     if not over and out.dtype is torch.float32:
         decode(packed, out, bits)
         out.mul_(grad)
@@ -151,16 +153,14 @@ def _times(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> 
 
 def _times_by_loop(packed: Tensor, bits: int, grad: Tensor, out: Tensor, over: bool) -> None:
     """Multiply whole groups by a loop, and by those of the last one that are there."""
-    numel, groups = grad.numel(), grad.numel() // GROUP
-    codes, low, step = code_parts(packed, numel, bits)
-    end = groups * GROUP
-    if end:
-        parts = codes[:groups].view(-1), low[:groups], step[:groups]
-        native.run("decode_times", *parts, bits, grad[:end], out[:end], over)
-    if end < numel:
-        last = torch.empty(GROUP)
-        native.run("decode", codes[groups:].view(-1), low[groups:], step[groups:], bits, last)
-        torch.mul(grad[end:], last[: numel - end], out=out[end:])
+    given, made = native.line(grad), native.line(out)
+    for part, start, stop in parts_of(packed, len(given), bits):
+        if stop % GROUP == 0:
+            native.run("decode_times", *part, bits, given[start:stop], made[start:stop], over)
+            continue
+        last = np.empty(GROUP, np.float32)
+        native.run("decode", *part, bits, last)
+        np.multiply(given[start:], last[: stop - start], out=made[start:])
 
 
 @cache

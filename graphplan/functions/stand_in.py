@@ -109,8 +109,9 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
         return packed
     each, tests = packed_bytes(x.numel()), _tests(x.dtype, tuple(sides), tuple(consts))
     if native.serves(x):
+        elements, memory = native.line(x), native.array(packed)
         for i, (side, own) in enumerate(tests):
-            _pack_by_loop(in_storage_order(x), side, own, packed[i * each : (i + 1) * each])
+            _pack_by_loop(elements, side, own, memory[i * each : (i + 1) * each])
         return packed
     source, target = _as_arrays(in_storage_order(x), packed)
     with np.errstate(invalid="ignore"):  # a signalling NaN
@@ -122,8 +123,9 @@ def pack_sides(x: Tensor, sides: Sequence[str], consts: Sequence[float]) -> Tens
     return packed
 
 
-def _pack_by_loop(x: Tensor, side: Side, consts: Sequence[float], packed: Tensor) -> None:
-    if x.dtype is torch.bool:
+def _pack_by_loop(x: Any, side: Side, consts: Sequence[float], packed: Any) -> None:
+    """Pack an array (n,), bools as bytes, into bytes (ceil(n / 8),)."""
+    if x.dtype == np.uint8:
         native.run("pack_bools", x, packed)
         return
     a, b, *_ = (*map(native.number, side.fixed or consts), native.number(0.0), native.number(0.0))
@@ -172,7 +174,7 @@ def run_on_side(
     """
     x_dtype, size, stride = like
     each = packed_bytes(math.prod(size))
-    own = packed[part * each : (part + 1) * each]
+    own = packed if packed.numel() == each else packed[part * each : (part + 1) * each]
     out = None if over is None else args[over]
     geometries = [(a.shape, a.stride()) for a in args if isinstance(a, Tensor) and a.dim()]
     order = memory_order(size, stride)
