@@ -7,8 +7,7 @@ timed as a planned step runs them: on pages that are there, with operands that o
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,18 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from graphplan.device import Device, Sample, sample_key
+from graphplan.functions.register import NAMESPACE
 from graphplan.graph import Graph, target_text
 from graphplan.heap import Room
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
 from graphplan.passes import made_up
 from graphplan.telling import Values, telling_values, with_values
+from graphplan.timing import LEAST_BYTES, Call, median_ns, other_memory, python_ns
 
-MIN_RUNS = 3
-MAX_RUNS = 15
-ENOUGH_NS = 2_000_000  # more runs than MIN_RUNS only while they are cheap
-CACHE_BYTES = 64 << 20  # written between runs, so that operands are no longer in a CPU's caches
-LEAST_BYTES = 1 << 20  # touched by an op, or it is timed warm
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,7 +54,10 @@ def profile(
     every = (*(p for p in probes if p is not None), *extra.values())
     missing = {p.key: p for p in every if p.key not in device.samples}
     if run and missing:
-        device.samples.update(_measure(list(missing.values()), graph, progress))
+        where = _device_of(graph)
+        held = {p.key: p for p in every if p.key in device.samples and not p.functions}
+        ops = [p.call(p.touched_bytes + device.samples[k].workspace_bytes, where) for k, p in held.items()]
+        device.samples.update(_measure(list(missing.values()), ops, where, progress))
         _add_up(graph, instructions, device, probes, {i: p for i, p in extra.items() if _key(probes[i]) in missing})
     samples = [None if p is None else _sample(graph, instructions, device, probes, i) for i, p in enumerate(probes)]
     known = all(p is None or p.key in device.samples for p in probes)
@@ -130,6 +129,15 @@ class _Probe:
     def touched_bytes(self) -> int:
         tensors = (t for v in self.inputs for t in (v.values() if isinstance(v, dict) else (v,)))
         return self.written_bytes + sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    @property
+    def functions(self) -> int:
+        """How many of graphplan's functions it calls: Python, where ATen's ops are not."""
+        ops = (n.target for n in self.module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+        return sum(op.namespace == NAMESPACE for op in ops)
+
+    def call(self, own_bytes: int, device: torch.device) -> Call:
+        return Call(self.module, lambda: [made_up(t, device) for t in self.inputs], own_bytes)
 
 
 class _Isolated:
@@ -226,10 +234,11 @@ def _device_of(graph: Graph) -> torch.device:
     return torch.device("cpu")
 
 
-def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) -> dict[str, Sample]:
+def _measure(
+    probes: Sequence[_Probe], known: Sequence[Call], device: torch.device, progress: Progress | None
+) -> dict[str, Sample]:
     """Return a Sample for every probe that runs on made-up values; the others are left to be estimated."""
-    device = _device_of(graph)
-    total = 2 * len(probes)
+    total, by_key = 2 * len(probes), {p.key: p for p in probes}
     samples: dict[str, Sample] = {}
     ran: list[tuple[_Probe, bool, bool]] = []  # as `_scratch` says
     cuda = [device] if device.type == "cuda" else []
@@ -244,27 +253,36 @@ def _measure(probes: Sequence[_Probe], graph: Graph, progress: Progress | None) 
                     progress("memory of each op", i + 1, total)
         scratch = _scratch(ran, meter.readings)
         own = {p.key: p.touched_bytes + scratch[p.key] for p in probes if p.key in scratch}
-        largest, room = max(own.values(), default=0), Room()
-        # With room for it once, holes between what is held leave some runs without: they fault again.
-        room.hold(2 * largest if device.type == "cpu" else 0)
-        for i, probe in enumerate(p for p in probes if p.key in own):
-            inputs = [made_up(t, device) for t in probe.inputs]
-            others = _others(largest - own[probe.key], probe, device)
-            cost_ns = _time(probe.module, inputs, device, others) if probe.timed else 0
-            del inputs, others
-            samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[probe.key])
+        for i, (key, cost_ns) in enumerate(_timed([p for p in probes if p.key in own], own, known, device)):
+            probe = by_key[key]
+            samples[key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[key])
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
-        room.release()
     return samples
 
 
-def _others(spare_bytes: int, probe: _Probe, device: torch.device) -> Tensor | None:
-    """Return memory to write between the runs of a probe, no more than the largest op would take beside it."""
-    nbytes = min(CACHE_BYTES, spare_bytes)
-    if device.type != "cpu" or probe.touched_bytes < LEAST_BYTES or nbytes < LEAST_BYTES:
-        return None
-    return torch.empty(nbytes, dtype=torch.uint8)
+def _timed(
+    probes: Sequence[_Probe], own: dict[str, int], known: Sequence[Call], device: torch.device
+) -> Iterator[tuple[str, int]]:
+    """Yield each probe's key and the median ns of a run. `own` are the bytes that each takes, `known` other ops."""
+    largest, room = max(own.values(), default=0), Room()
+    # With room for it once, holes between what is held leave some runs without: they fault again.
+    room.hold(2 * largest if device.type == "cpu" else 0)
+    calls = {p.key: p.call(own[p.key], device) for p in probes}
+    ops = [*known, *(calls[p.key] for p in probes if not p.functions)]
+    codec = min((calls[p.key] for p in probes if p.functions), key=lambda c: c.own_bytes, default=None)
+    cold, warm = (0, 0) if codec is None else python_ns(codec, ops, largest, device)
+    for probe in probes:
+        if not probe.timed:
+            yield probe.key, 0
+            continue
+        inputs = calls[probe.key].values()
+        before = other_memory(largest - own[probe.key], device) if probe.touched_bytes >= LEAST_BYTES else None
+        python = probe.functions * (warm if before is None else cold)
+        cost_ns = median_ns(probe.module, inputs, device, before)
+        del inputs, before
+        yield probe.key, cost_ns + python
+    room.release()
 
 
 def _scratch(ran: Sequence[tuple[_Probe, bool, bool]], readings: Sequence[Reading]) -> dict[str, int]:
@@ -298,20 +316,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), str(value.dtype))
     return {k: _described(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _time(run: Callable[..., Any], inputs: list[Any], device: torch.device, others: Tensor | None) -> int:
-    """Return the median ns of one call; before each, `others` are written."""
-    sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    run(*inputs)
-    times: list[int] = []
-    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < ENOUGH_NS):
-        if others is not None:
-            others.fill_(len(times))
-        sync()
-        start = time.perf_counter_ns()
-        outputs = run(*inputs)
-        sync()
-        times.append(time.perf_counter_ns() - start)
-        del outputs
-    return sorted(times)[len(times) // 2]
