@@ -19,7 +19,7 @@ from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.lift import Prepared
 from graphplan.noise import Noise
-from graphplan.optimize import Options, Source, make_options
+from graphplan.optimize import TIME_LIMIT, Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner
 from graphplan.rewrite import rewrite
@@ -196,7 +196,7 @@ def optimize(
     codecs: str | Iterable[str] = "exact",
     gradient_noise: float = 0.1,
     solver: str = "auto",
-    time_limit: float = 30.0,
+    time_limit: float = TIME_LIMIT,
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,
@@ -217,7 +217,7 @@ def optimize(
         gradient_noise: the cap on what lossy codecs add to the gradient, as a share of the variance that it has
             over batches: 0.1 costs about as much as a batch a tenth smaller.
         solver: a name from `solvers.SOLVERS`.
-        time_limit: seconds for solving.
+        time_limit: seconds for solving, half as many more where plans with codecs and without are searched.
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
