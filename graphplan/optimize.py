@@ -32,8 +32,6 @@ from graphplan.units import check_budget, parse_budget
 from graphplan.unplanned import unplanned_peak
 from solvers import Limits, Problem, Schedule, Solution, simulate
 
-TIME_LIMIT = 10.0  # seconds for solving a forward and backward pass
-STEP_TIME_LIMIT = 30.0  # and a whole training step
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
 SECOND_SHARE = 0.5  # of the time limit at least, where plans with codecs and without are searched one after the other
 ANY_NOISE_PPB = 1 << 62
@@ -90,7 +88,7 @@ def make_options(
     codecs: str | Iterable[str] = "exact",
     gradient_noise: float = 0.1,
     solver: str = "auto",
-    time_limit: float = TIME_LIMIT,
+    time_limit: float = 30.0,
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,

@@ -19,7 +19,7 @@ from graphplan.device import Device
 from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.lift import Prepared
 from graphplan.noise import Noise
-from graphplan.optimize import TIME_LIMIT, Options, Source, make_options
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner
 from graphplan.rewrite import rewrite
@@ -196,7 +196,7 @@ def optimize(
     codecs: str | Iterable[str] = "exact",
     gradient_noise: float = 0.1,
     solver: str = "auto",
-    time_limit: float = TIME_LIMIT,
+    time_limit: float = 30.0,
     device: Device | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     example_targets: Any = None,

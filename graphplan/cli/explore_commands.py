@@ -12,7 +12,7 @@ import typer
 from graphplan.capture import capture
 from graphplan.cli.models import Batch, Inputs, ModelName, Size, resolve
 from graphplan.cli.output import AsJson, answering, pyplot, show, show_json
-from graphplan.cli.plan_commands import Codecs, DeviceFile, check_folder, load_device, read_options
+from graphplan.cli.plan_commands import Codecs, DeviceFile, TimeLimit, check_folder, load_device, read_options
 from graphplan.cli.tables import FATES, grid, plan_json, share
 from graphplan.codecs import choose_codecs
 from graphplan.device import Device
@@ -33,7 +33,7 @@ def pareto(
     model: ModelName,
     points: Annotated[int, typer.Option(min=2, help="Budgets between the least and the unplanned peak.")] = 12,
     codecs: Codecs = "exact",
-    time_limit: Annotated[float, typer.Option(help="Seconds for solving.")] = 60.0,
+    time_limit: TimeLimit = 60.0,
     plot: Annotated[Path | None, typer.Option(help="Draw the frontier into this file (.png, .svg, .pdf).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every plan into this folder.")] = None,
     device: DeviceFile = None,

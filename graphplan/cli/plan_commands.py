@@ -18,7 +18,7 @@ from graphplan.cli.output import AsJson, BadInput, answering, show, show_json
 from graphplan.cli.tables import grid, plan_json, plan_tables
 from graphplan.device import Device
 from graphplan.lift import Prepared, infeasible, lift
-from graphplan.optimize import STEP_TIME_LIMIT, TIME_LIMIT, Options, Source, make_options
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.progress import Report, Stages, bars
 from graphplan.step import TrainStep
@@ -30,10 +30,7 @@ ALL = "all"
 Budget = Annotated[str, typer.Option(help='"512MiB", "1.5GB", or "60%" of the unplanned step\'s peak.')]
 Codecs = Annotated[str, typer.Option(help='"exact", "none", or names with commas.')]
 SolverName = Annotated[str, typer.Option(help='A name from `graphplan solvers`, or "all" to compare them.')]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(help=f"Seconds for solving: {TIME_LIMIT:g}, for a --step {STEP_TIME_LIMIT:g}.", show_default=False),
-]
+TimeLimit = Annotated[float, typer.Option(help="Seconds for solving.")]
 Out = Annotated[Path | None, typer.Option(help="Write the plan here (JSON).")]
 DeviceFile = Annotated[
     Path | None, typer.Option("--device", help="Plan for the machine saved in this file (`graphplan profile --out`).")
@@ -55,7 +52,7 @@ def plan(
     budget: Budget,
     codecs: Codecs = "exact",
     solver: SolverName = "auto",
-    time_limit: TimeLimit = None,
+    time_limit: TimeLimit = 30.0,
     out: Out = None,
     device: DeviceFile = None,
     step: StepName = None,
@@ -67,8 +64,7 @@ def plan(
 ) -> None:
     """Plan a model's training step under a budget and say what the plan does; nothing is trained."""
     with answering(as_json) as json_wanted:
-        name, seconds = "auto" if solver == ALL else solver, solving_seconds(time_limit, step)
-        checked = read_options(budget, codecs, name, seconds, load_device(device))
+        checked = read_options(budget, codecs, "auto" if solver == ALL else solver, time_limit, load_device(device))
         check_folder(out)
         with bars() as report:
             stages = Stages(report)
@@ -152,20 +148,13 @@ def list_models(as_json: AsJson = None) -> None:
 
 
 def read_options(
-    budget: str, codecs: str, solver: str = "auto", time_limit: float = TIME_LIMIT, device: Device | None = None
+    budget: str, codecs: str, solver: str = "auto", time_limit: float = 30.0, device: Device | None = None
 ) -> Options:
     """Check what was typed before any model is built."""
     chosen: str | list[str] = codecs
     if "," in codecs:
         chosen = [c.strip() for c in codecs.split(",") if c.strip()]
     return make_options(budget, chosen, solver=solver, time_limit=time_limit, device=device)
-
-
-def solving_seconds(time_limit: float | None, step: str | None) -> float:
-    """Return the limit that was typed, else what `optimize` takes, or `train_step`."""
-    if time_limit is not None:
-        return time_limit
-    return TIME_LIMIT if step is None else STEP_TIME_LIMIT
 
 
 def with_loss(options: Options, named: Named, report: Report, step: str | None = None) -> Options:

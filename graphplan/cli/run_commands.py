@@ -16,7 +16,7 @@ from torch import Tensor
 from graphplan.cli.models import Batch, Inputs, ModelName, Named, Size, resolve
 from graphplan.cli.optimizers import LEARNING_RATE, StepName, check_step, loss_of, optimizer_of
 from graphplan.cli.output import BROKEN, AsJson, BadInput, answering, show, show_json
-from graphplan.cli.plan_commands import Codecs, TimeLimit, load_plan, read_options, solving_seconds
+from graphplan.cli.plan_commands import Codecs, TimeLimit, load_plan, read_options
 from graphplan.cli.tables import grid
 from graphplan.measure import Measurement, default_loss, measure, with_targets
 from graphplan.plan import Plan
@@ -51,7 +51,7 @@ def run(
         typer.Option("--compare/--no-compare", help="Measure the plain model too: it must fit in memory."),
     ] = True,
     codecs: Codecs = "exact",
-    time_limit: TimeLimit = None,
+    time_limit: TimeLimit = 30.0,
     size: Size = "real",
     batch: Batch = None,
     inputs: Inputs = None,
@@ -59,10 +59,9 @@ def run(
 ) -> None:
     """Train real steps inside the budget: losses, and the measured peak beside the promise (4 if above)."""
     with answering(as_json) as json_wanted:
-        seconds = solving_seconds(time_limit, step)
-        saved = _checked(plan, budget, codecs, seconds, step)
+        saved = _checked(plan, budget, codecs, time_limit, step)
         named = resolve(model, size, batch, inputs)
-        planned = _planned(named, saved, budget, codecs, seconds, step)
+        planned = _planned(named, saved, budget, codecs, time_limit, step)
         trained = _train(named, planned, steps, compare)
         broken = trained.planned.peak_bytes > planned.plan.budget_bytes
         if json_wanted:
@@ -79,7 +78,7 @@ def check(
     budget: BudgetOption = None,
     step: StepName = None,
     codecs: Codecs = "exact",
-    time_limit: TimeLimit = None,
+    time_limit: TimeLimit = 30.0,
     size: Size = "real",
     batch: Batch = None,
     inputs: Inputs = None,
@@ -87,10 +86,9 @@ def check(
 ) -> None:
     """Check every promise on one step: outputs, gradients, buffers, randomness, peak (4 if one is broken)."""
     with answering(as_json) as json_wanted:
-        seconds = solving_seconds(time_limit, step)
-        saved = _checked(plan, budget, codecs, seconds, step)
+        saved = _checked(plan, budget, codecs, time_limit, step)
         named = resolve(model, size, batch, inputs)
-        planned = _planned(named, saved, budget, codecs, seconds, step)
+        planned = _planned(named, saved, budget, codecs, time_limit, step)
         with bars() as report:
             report("checking", 0, 1)
             found = verify(planned, named.module, named.inputs, loss_fn=named.loss_fn, example_targets=named.targets)

@@ -17,7 +17,7 @@ from graphplan.device import Device
 from graphplan.federated.config import FederatedError, RunConfig
 from graphplan.federated.data import Images, load, partition
 from graphplan.federated.shrink import shrink
-from graphplan.optimize import TIME_LIMIT, Options, make_options
+from graphplan.optimize import Options, make_options
 
 EVALUATION_BATCH = 256
 
@@ -59,7 +59,7 @@ def task_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def task_options(
-    task: Task, budget: int | str, codecs: str | Iterable[str], solver: str = "auto", time_limit: float = TIME_LIMIT,
+    task: Task, budget: int | str, codecs: str | Iterable[str], solver: str = "auto", time_limit: float = 30.0,
     device: Device | None = None,
 ) -> Options:  # fmt: skip
     """Return how a task's step is planned."""

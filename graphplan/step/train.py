@@ -14,7 +14,7 @@ from graphplan.capture import Capture, call_key, capture, check_model, flatten_c
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, UnsupportedModel
 from graphplan.measure import with_targets
-from graphplan.optimize import STEP_TIME_LIMIT, Options, Source, make_options
+from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner
 from graphplan.rewrite import rewrite_whole
@@ -249,7 +249,7 @@ def train_step(
     codecs: str | Iterable[str] = "exact",
     gradient_noise: float = 0.1,
     solver: str = "auto",
-    time_limit: float = STEP_TIME_LIMIT,
+    time_limit: float = 30.0,
     device: Device | None = None,
 ) -> TrainStep:
     """Return forward, loss, backward and update of `model` as one program that runs within `budget` bytes.
