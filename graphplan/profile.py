@@ -238,7 +238,7 @@ def _measure(
     probes: Sequence[_Probe], known: Sequence[Call], device: torch.device, progress: Progress | None
 ) -> dict[str, Sample]:
     """Return a Sample for every probe that runs on made-up values; the others are left to be estimated."""
-    total, by_key = 2 * len(probes), {p.key: p for p in probes}
+    total = 2 * len(probes)
     samples: dict[str, Sample] = {}
     ran: list[tuple[_Probe, bool, bool]] = []  # as `_scratch` says
     cuda = [device] if device.type == "cuda" else []
@@ -253,9 +253,8 @@ def _measure(
                     progress("memory of each op", i + 1, total)
         scratch = _scratch(ran, meter.readings)
         own = {p.key: p.touched_bytes + scratch[p.key] for p in probes if p.key in scratch}
-        for i, (key, cost_ns) in enumerate(_timed([p for p in probes if p.key in own], own, known, device)):
-            probe = by_key[key]
-            samples[key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[key])
+        for i, (probe, cost_ns) in enumerate(_timed([p for p in probes if p.key in own], own, known, device)):
+            samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[probe.key])
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
     return samples
@@ -263,8 +262,8 @@ def _measure(
 
 def _timed(
     probes: Sequence[_Probe], own: dict[str, int], known: Sequence[Call], device: torch.device
-) -> Iterator[tuple[str, int]]:
-    """Yield each probe's key and the median ns of a run. `own` are the bytes that each takes, `known` other ops."""
+) -> Iterator[tuple[_Probe, int]]:
+    """Yield each probe and the median ns of a run. `own` are the bytes that each takes, `known` other ops."""
     largest, room = max(own.values(), default=0), Room()
     # With room for it once, holes between what is held leave some runs without: they fault again.
     room.hold(2 * largest if device.type == "cpu" else 0)
@@ -274,14 +273,14 @@ def _timed(
     cold, warm = (0, 0) if codec is None else python_ns(codec, ops, largest, device)
     for probe in probes:
         if not probe.timed:
-            yield probe.key, 0
+            yield probe, 0
             continue
         inputs = calls[probe.key].values()
         before = other_memory(largest - own[probe.key], device) if probe.touched_bytes >= LEAST_BYTES else None
         python = probe.functions * (warm if before is None else cold)
         cost_ns = median_ns(probe.module, inputs, device, before)
         del inputs, before
-        yield probe.key, cost_ns + python
+        yield probe, cost_ns + python
     room.release()
 
 
