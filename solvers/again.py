@@ -11,6 +11,7 @@ One recompute at a time, iterated; Bartan et al. 2023 (Moccasin) allow a fixed n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -33,13 +34,14 @@ TURNS = 6  # steps at which a schedule is turned, the highest peaks first, befor
 STEP = 2.5e-5  # of the work (see `Search.spend`) of unrolling a schedule, for each of its steps
 LESS = 0.999  # of the area above the target must be left at most, for a turn to count
 SHARES = (1.0, 1.1, 1.3)  # of the least single peak: budgets of the plans that are brought down further
-HALVINGS = 6  # of the range of budgets from whose best plans of one recompute others are made
+HALVINGS = 4  # of the range of budgets from whose best plans of one recompute others are made
 THRESHOLDS = (0.1, 0.5, 0.9)  # of roundings
 TARGETS = (0.25, 0.5)  # of the way from the floor to the least peak so far: budgets of linear programs
 LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs for a budget; rows that each adds for every rounding
 LOWER_ROUNDS = 2  # linear programs for each of TARGETS: measured, no third one lowered a peak
 SEVERAL = (3, 6, 12, 24, 48)  # neighbouring repeats that are left out at once
 LEFT_OUT = 0.5  # of them, every other time
+PATIENCE, PATIENT = 0.5, 30.0  # tries without gain, of the repeats, for each so many seconds of the limit begun
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
 
 
@@ -129,10 +131,9 @@ def lower_again(search: Search, problem: Problem, schedule: Schedule, floor_byte
     step = (peak - floor_bytes) / 2
     while search.left() > 0 and step > peak / ENOUGH:
         target = max(float(floor_bytes), peak - step)
-        found = _fit(search, problem, schedule, target)
-        reached = simulate(problem, found).peak_bytes
-        if reached < peak:
-            schedule, peak = found, reached
+        found, usage = _fit(search, problem, schedule, target)
+        if usage.peak_bytes < peak:
+            schedule, peak = found, usage.peak_bytes
         if peak > target:
             step /= 2
         step = min(step, peak - floor_bytes)
@@ -149,8 +150,8 @@ def lower_rounded(search: Search, units: Units, schedule: Schedule, floor_bytes:
         for start in roundings(search, units, int(target), LOWER_ROUNDS):
             if search.left() <= 0 or peak - floor_bytes <= peak / ENOUGH:
                 return schedule
-            found = _fit(search, problem, start, target)
-            if simulate(problem, found).peak_bytes < peak:
+            found, usage = _fit(search, problem, start, target)
+            if usage.peak_bytes < peak:
                 schedule = lower_again(search, problem, found, floor_bytes)
                 peak = simulate(problem, schedule).peak_bytes
     return schedule
@@ -185,8 +186,8 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     for start in chain(roundings(search, units, budget), _polished(search, units, low)):
         if start in seen:
             continue
-        found = _fit(search, search.problem, start, budget)
-        if found not in seen and search.offer(found).peak_bytes <= budget:
+        found, usage = _fit(search, search.problem, start, budget)
+        if found not in seen and usage.peak_bytes <= budget:
             search.offer(spare(search, found))
         seen.update((start, found))
         if _close(search):
@@ -202,18 +203,21 @@ def _close(search: Search) -> bool:
 def _renew(search: Search) -> None:
     """Leave out some neighbouring repeats of the best plan and bring what is left down to the budget again.
 
-    Large neighbourhood search (Shaw 1998), until as many tries in a row as there are repeats gained nothing.
+    Large neighbourhood search (Shaw 1998), until half as many tries in a row as there are repeats gained nothing; a
+    longer limit allows more.
     """
     problem, random, misses = search.problem, Random(search.limits.seed), 0
+    patience = PATIENCE * math.ceil(search.limits.seconds / PATIENT)
     best = search.schedule
     repeated = [] if best is None else repeats(problem, best)
-    while best is not None and misses < len(repeated) and search.left() > 0 and not _close(search):
+    while best is not None and misses < patience * len(repeated) and search.left() > 0 and not _close(search):
         several = random.choice(SEVERAL)
         first = random.randrange(max(1, len(repeated) - several + 1))
         share = random.choice((LEFT_OUT, 1.0))
         gone = {t for t in repeated[first : first + several] if random.random() < share}
-        found = _fit(search, problem, tuple(o for t, o in enumerate(best) if t not in gone), problem.budget_bytes)
-        if simulate(problem, found).peak_bytes <= problem.budget_bytes:
+        rest = tuple(o for t, o in enumerate(best) if t not in gone)
+        found, usage = _fit(search, problem, rest, problem.budget_bytes)
+        if usage.peak_bytes <= problem.budget_bytes:
             search.offer(spare(search, found))
         misses += 1
         if search.schedule is not None and search.schedule != best:
@@ -245,17 +249,17 @@ def _above(problem: Problem, schedule: Schedule, budget: int, known: Container[i
     return peaks(level, NEW_ROWS)
 
 
-def _fit(search: Search, problem: Problem, schedule: Schedule, target: float) -> Schedule:
+def _fit(search: Search, problem: Problem, schedule: Schedule, target: float) -> tuple[Schedule, Usage]:
     """Bring a schedule down towards `target`, one turn after the other; return that of least peak on the way."""
     usage = simulate(problem, schedule)
-    best, least = schedule, usage.peak_bytes
-    while least > target and search.left() > 0:
+    best = schedule, usage
+    while best[1].peak_bytes > target and search.left() > 0:
         found = _down(search, problem, schedule, usage, target)
         if found is None:
             break
         schedule, usage = found
-        if usage.peak_bytes < least:
-            best, least = schedule, usage.peak_bytes
+        if usage.peak_bytes < best[1].peak_bytes:
+            best = found
     return best
 
 

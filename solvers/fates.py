@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from solvers.problem import Kind, OpId, Problem, ValueId
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where the program writes and reads one value: positions in `program`, not op ids.
 
     A read that takes the value over ends its life one position earlier: from there on the memory is another's.

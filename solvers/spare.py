@@ -1,109 +1,145 @@
 """Leave out what a schedule repeats without need: the dearest first, while it still fits the budget.
 
 Without a repeated step the version of a value that was there before it lives on, up to the last read of the version
-that the step wrote. What that takes is added to the bytes in use; what it frees (the step's own reads, its workspace)
-is not counted before the next pass, so that a pass costs one simulation and never allows what does not fit.
+that the step wrote; what the step itself read may end earlier. Both change the bytes in use at a few steps only, so a
+step that is left out costs two or three slices of an array and no simulation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from solvers.problem import OpId, Problem, Schedule, ValueId
+from solvers.problem import Problem, Schedule, ValueId
 from solvers.search import Search
-from solvers.simulate import simulate, take_overs
+from solvers.simulate import simulate
 from solvers.units import Int64
 
-PASS_WORK = 2e-5  # of `Search.spend`, for each step of the schedule
+PASS_WORK = 1e-5  # of `Search.spend`, for each step of the schedule
+NEVER = -(1 << 60)  # bytes in use at a step that was left out
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Version:
-    """One write of a value: in memory from step `start` to `end`, read until `read`, which takes it over if later."""
+    """One write of a value: the step that writes it, the steps that read it, in order, and the versions beside it."""
 
-    before: _Version | None
+    value: ValueId
     start: int
-    end: int
-    read: int
-    gone: bool = False
-
-    def heir(self) -> _Version:
-        """Return the version that stays and lives on in the place of this one."""
-        found = self.before
-        while found is not None and found.gone:
-            found = found.before
-        assert found is not None
-        return found
+    before: _Version | None
+    after: _Version | None = None
+    reads: list[int] = field(default_factory=list)
 
 
 def spare(search: Search, schedule: Schedule) -> Schedule:
     """Return `schedule`, which fits, without the repeats that it can do without."""
-    while search.left() > 0:
+    problem = search.problem
+    lives = Lives(problem, schedule)
+    level = np.array(simulate(problem, schedule).bytes_at, np.int64)
+    repeated = sorted(lives.repeats, key=lambda t: (-problem.ops[schedule[t]].cost_ns, t))
+    gone, before = set[int](), -1
+    while len(gone) > before and search.left() > 0:
         search.spend(PASS_WORK * len(schedule))
-        gone = _needless(search.problem, schedule)
-        if not gone:
-            break
-        schedule = tuple(o for t, o in enumerate(schedule) if t not in gone)
-    return schedule
+        before = len(gone)
+        for step in repeated:
+            several = [step]
+            while several:
+                t = several.pop()
+                if t not in gone and lives.leave_out(t, level):
+                    gone.add(t)
+                    several += lives.unread_since(t)
+    return tuple(o for t, o in enumerate(schedule) if t not in gone)
 
 
 def repeats(problem: Problem, schedule: Schedule) -> list[int]:
     """Return the steps that write again what is written already: without any of them it is a schedule still."""
-    return _repeated(problem, schedule, _versions(problem, schedule))
+    return list(Lives(problem, schedule).repeats)
 
 
-def _needless(problem: Problem, schedule: Schedule) -> set[int]:
-    """Return repeated steps that may all be left out."""
-    level = np.array(simulate(problem, schedule).bytes_at, np.int64)
-    written = _versions(problem, schedule)
-    repeated = _repeated(problem, schedule, written)
-    gone = set()
-    for t in sorted(repeated, key=lambda t: (-problem.ops[schedule[t]].cost_ns, t)):
-        if _extend(problem, level, written[t]):
-            gone.add(t)
-    return gone
+class Lives:
+    """Which steps write and read each version of each value; `repeats` write nothing but what is written already."""
 
+    def __init__(self, problem: Problem, schedule: Schedule) -> None:
+        self.problem, self.schedule = problem, schedule
+        self.turn = schedule.index(problem.program[problem.turn])
+        self.read: list[list[_Version]] = []
+        self.written: list[list[_Version]] = []
+        self.repeats: dict[int, None] = {}
+        current: dict[ValueId, _Version] = {}
+        for t, o in enumerate(schedule):
+            op = problem.ops[o]
+            self.read.append([current[v] for v in dict.fromkeys(op.reads)])
+            for version in self.read[t]:
+                version.reads.append(t)
+            self.written.append([_Version(v, t, current.get(v)) for v in dict.fromkeys(op.writes)])
+            if op.repeatable and op.writes and current.keys() >= set(op.writes):
+                self.repeats[t] = None
+            for version in self.written[t]:
+                if version.before is not None:
+                    version.before.after = version
+                current[version.value] = version
 
-def _repeated(problem: Problem, schedule: Schedule, written: list[dict[ValueId, _Version]]) -> list[int]:
-    def again(o: OpId, versions: dict[ValueId, _Version]) -> bool:
-        return problem.ops[o].repeatable and bool(versions) and all(v.before is not None for v in versions.values())
+    def unread_since(self, step: int) -> list[int]:
+        """Return the repeats of whose writes nothing is read any more since a step is left out."""
+        written = (x.start for x in self.read[step])
+        return [t for t in written if t in self.repeats and not any(x.reads for x in self.written[t])]
 
-    return [t for t, o in enumerate(schedule) if again(o, written[t])]
+    def leave_out(self, step: int, level: Int64) -> bool:
+        """Leave out a repeat, and say so in `level`; change nothing and return False if that goes over the budget."""
+        reads = {x: [t for t in x.reads if t != step] for x in self.read[step]}
+        last, changes = dict[_Version, bool](), list[tuple[int, int, int]]()
+        for version in self.written[step]:
+            heir = _heir(version)
+            reads[heir] = reads.get(heir, heir.reads) + version.reads
+            last[heir] = version.after is None
+            changes.append((version.start, self._end(version), -self._size(version)))
+        for x, then in reads.items():
+            end, later = self._end(x), self._end(x, then, last.get(x, False))
+            changes.append((end, later, self._size(x)) if later > end else (later, end, -self._size(x)))
+        if not self._change(level, step, changes):
+            return False
+        for x, then in reads.items():
+            x.reads = then
+        for version in self.written[step]:
+            self._replace(version, _heir(version))
+        return True
 
+    def _size(self, version: _Version) -> int:
+        return self.problem.value_bytes[version.value]
 
-def _extend(problem: Problem, level: Int64, versions: dict[ValueId, _Version]) -> bool:
-    """Let the versions before these live on in their place; change nothing and return False if that does not fit."""
-    added = []
-    for value, version in versions.items():
-        if version.read > version.start:
-            added.append((version.heir().end + 1, version.start, problem.value_bytes[value]))
-            # What was written before the turn is not written over after it.
-            added.append((version.end + 1, version.read + 1, problem.value_bytes[value]))
-    for first, last, size in added:
-        level[first:last] += size
-    if any(level[first:last].max(initial=0) > problem.budget_bytes for first, last, _ in added):
-        for first, last, size in added:
-            level[first:last] -= size
+    def _end(self, version: _Version, reads: list[int] | None = None, last: bool = False) -> int:
+        """Return the step after its last in memory, if `reads` read it, and if it is the last of its value."""
+        reads = version.reads if reads is None else reads
+        if (last or version.after is None) and version.value in self.problem.keep:
+            return len(self.schedule)
+        if not reads:
+            return version.start + 1
+        late, taken = version.start >= self.turn, self.problem.ops[self.schedule[reads[-1]]].takes_over
+        # What was written before the turn is not written over after it.
+        return reads[-1] + (taken != version.value or late != (reads[-1] > self.turn))
+
+    def _change(self, level: Int64, step: int, changes: list[tuple[int, int, int]]) -> bool:
+        """Add to the bytes in use between steps, those of `step` left out; undo it if that goes over the budget."""
+        before, budget = level[step], self.problem.budget_bytes
+        level[step] = NEVER
+        for first, end, size in changes:
+            level[first:end] += size
+        if all(size <= 0 or level[first:end].max(initial=0) <= budget for first, end, size in changes):
+            return True
+        for first, end, size in changes:
+            level[first:end] -= size
+        level[step] = before
         return False
-    for version in versions.values():
-        version.gone, heir = True, version.heir()
-        if version.read > version.start:
-            heir.read = heir.end = version.read
-    return True
+
+    def _replace(self, version: _Version, heir: _Version) -> None:
+        """Let the version before live on in the place of one that is no longer written."""
+        heir.after = version.after
+        if version.after is not None:
+            version.after.before = heir
+        for t in version.reads:
+            self.read[t] = [heir if x is version else x for x in self.read[t]]
 
 
-def _versions(problem: Problem, schedule: Schedule) -> list[dict[ValueId, _Version]]:
-    """Return the versions that each step writes."""
-    taken = take_overs(problem.ops, schedule, problem.program[problem.turn], problem.keep)
-    current: dict[ValueId, _Version] = {}
-    written: list[dict[ValueId, _Version]] = []
-    for t, o in enumerate(schedule):
-        for v in problem.ops[o].reads:
-            current[v].read, current[v].end = t, t - 1 if taken.get(t) == v else t
-        written.append({v: _Version(current.get(v), t, t, t) for v in problem.ops[o].writes})
-        current.update(written[t])
-    for v in problem.keep:
-        current[v].read = current[v].end = len(schedule) - 1
-    return written
+def _heir(version: _Version) -> _Version:
+    assert version.before is not None
+    return version.before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from solvers import Limits, Problem, simulate, solve
@@ -13,7 +14,7 @@ from solvers.least import find_least
 from solvers.problem import Schedule
 from solvers.roundings import round_any
 from solvers.search import Search
-from solvers.spare import spare
+from solvers.spare import Lives, spare
 from solvers.units import build_units
 from tests.solvers.problems import at_share, random_problem
 from tests.solvers.test_reference import layers
@@ -38,6 +39,27 @@ def test_what_is_spared_still_fits_and_costs_no_more(seed: int) -> None:
             after = simulate(problem, spared(problem.with_budget(budget), schedule))
             assert after.peak_bytes <= budget
             assert after.cost_ns <= usage.cost_ns
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_bytes_without_a_repeat_are_those_that_simulate_finds(seed: int) -> None:
+    tried = 0
+    for problem in (random_problem(84_500 + seed, 10), layers(8 + seed % 8)):
+        for schedule in schedules(problem):
+            usage = simulate(problem, schedule)
+            tight = problem.with_budget(int(usage.peak_bytes * (1 + seed % 4 / 20)))
+            lives, level, gone = Lives(tight, schedule), np.array(usage.bytes_at, np.int64), set[int]()
+            for step in lives.repeats:
+                left = [t for t in range(len(schedule)) if t not in gone | {step}]
+                found = simulate(tight, tuple(schedule[t] for t in left))
+                tried += 1
+                if not lives.leave_out(step, level):
+                    assert found.peak_bytes > tight.budget_bytes
+                    continue
+                gone.add(step)
+                assert tuple(level[left]) == found.bytes_at
+                assert all(not any(x.reads for x in lives.written[t]) for t in lives.unread_since(step))
+    assert tried
 
 
 @pytest.mark.parametrize("seed", range(20))
