@@ -45,6 +45,7 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.executed gpt resnet18 mobilenet_v2 vit bert unet densenet121 resnet50 lstm vgg16_bn mlp --minutes 30
 	$(BIN)/python -m bench.solver_lane
 	$(BIN)/python -m bench.frontier
+	$(BIN)/python -m bench.ready
 	$(BIN)/pytest bench/test_speed.py --benchmark-autosave
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.least --write docs/codecs.md

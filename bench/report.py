@@ -8,10 +8,11 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from bench import frontier, solver_report
+from bench import frontier, ready, solver_report
 from bench.executed import SWEPT
 from bench.page import pyplot
-from bench.processes import RESULTS, ROOT
+from bench.processes import RESULTS, ROOT, rows_of
+from models_zoo import MODELS
 
 DOCS = ROOT / "docs"
 WRONG = 100  # times what the last bit of the weights does to a gradient: then it is not rounding
@@ -198,6 +199,7 @@ def main() -> None:
         "executed": executed(rows),
         "summary": summary(rows),
         "prediction": prediction(rows),
+        "ready": ready.table(rows_of("ready_", MODELS)),
         "solver_summary": solver_report.summary(lanes),
         "solver_compared": solver_report.compared(lanes),
         "frontiers": frontier.table(read("frontiers.jsonl", "problem")),

@@ -18,21 +18,22 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 
 class Stages:
-    """A Report that passes everything on and keeps how long each stage took, from its first report to its last."""
+    """A Report that passes everything on and keeps how long each stage took, summed over the forms of a step."""
 
     def __init__(self, report: Report) -> None:
         """Listen in front of `report`."""
-        self.report, self.spans = report, dict[str, tuple[float, float]]()
+        self.report, self.latest, self.spent = report, time.perf_counter(), dict[str, float]()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report, and note the time."""
+        """Report, and note the time since the report before, of whatever stage, unless this one begins only now."""
         now = time.perf_counter()
-        self.spans[stage] = (self.spans.get(stage, (now, now))[0], now)
+        self.spent[stage] = self.spent.get(stage, 0.0) + (now - self.latest if done else 0.0)
+        self.latest = now
         self.report(stage, done, total)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each stage, in order."""
-        return {stage: last - first for stage, (first, last) in self.spans.items()}
+        return dict(self.spent)
 
 
 @contextlib.contextmanager
