@@ -41,6 +41,8 @@ LINEAR_ROUNDS, NEW_ROWS = 3, 6  # linear programs for a budget; rows that each a
 LOWER_ROUNDS = 2  # linear programs for each of TARGETS: measured, no third one lowered a peak
 SEVERAL = (3, 6, 12, 24, 48)  # neighbouring repeats that are left out at once
 LEFT_OUT = 0.5  # of them, every other time
+ORDERS = 2  # random ones in which repeats are left out
+WIDE, SLACK = 0.1, 1.003  # a gap at which a larger budget is searched first, and how much larger
 PATIENCE, PATIENT = 0.5, 30.0  # tries without gain, of the repeats, for each so many seconds of the limit begun
 ENOUGH = 400  # stop where bound and peak differ by less than one part in this many
 
@@ -180,42 +182,64 @@ def roundings(search: Search, units: Units, budget: int, programs: int = LINEAR_
 
 def fit_again(search: Search, units: Units, low: Low) -> None:
     """Offer plans that recompute more than once, for a budget below the peak of `low`, which do not."""
+    random = Random(search.limits.seed)
     if search.schedule is not None:
-        search.offer(spare(search, search.schedule))
+        _offer_spared(search, search.schedule, random)
     budget, seen = search.problem.budget_bytes, set[Schedule]()
     for start in chain(roundings(search, units, budget), _polished(search, units, low)):
         if start in seen:
             continue
         found, usage = _fit(search, search.problem, start, budget)
         if found not in seen and usage.peak_bytes <= budget:
-            search.offer(spare(search, found))
+            _offer_spared(search, found, random)
         seen.update((start, found))
         if _close(search):
             return
-    _renew(search)
+    if not _close(search, WIDE):
+        _from_above(search, random)
+    _renew(search, random)
 
 
-def _close(search: Search) -> bool:
+def _offer_spared(search: Search, schedule: Schedule, random: Random) -> None:
+    search.offer(spare(search, schedule))
+    for _ in range(ORDERS):
+        search.offer(spare(search, schedule, random))
+
+
+def _from_above(search: Search, random: Random) -> None:
+    """Offer what neighbourhoods find at a slightly larger budget, brought down to this one.
+
+    Right at the least peak, plans lie far apart (strategic oscillation, Glover 1977).
+    """
+    problem, limits = search.problem, replace(search.limits, seconds=max(0.0, search.left() / 2), progress=None)
+    above = Search(problem.with_budget(int(SLACK * problem.budget_bytes)), limits, search.solver)
+    for schedule in (*limits.known, *(() if search.schedule is None else (search.schedule,))):
+        if above.offer(schedule).peak_bytes <= above.problem.budget_bytes:
+            _offer_spared(above, schedule, random)
+    _renew(above, random)
+    if above.schedule is not None:
+        found, usage = _fit(search, problem, above.schedule, problem.budget_bytes)
+        if usage.peak_bytes <= problem.budget_bytes:
+            _offer_spared(search, found, random)
+
+
+def _close(search: Search, gap: float = 0.0) -> bool:
     cost = search.cost_ns
-    return cost is not None and cost - search.any_bound_ns <= search.limits.gap * cost
+    return cost is not None and cost - search.any_bound_ns <= max(gap, search.limits.gap) * cost
 
 
-def _renew(search: Search) -> None:
+def _renew(search: Search, random: Random) -> None:
     """Leave out some neighbouring repeats of the best plan and bring what is left down to the budget again.
 
     Large neighbourhood search (Shaw 1998), until half as many tries in a row as there are repeats gained nothing; a
     longer limit allows more.
     """
-    problem, random, misses = search.problem, Random(search.limits.seed), 0
+    problem, misses = search.problem, 0
     patience = PATIENCE * math.ceil(search.limits.seconds / PATIENT)
     best = search.schedule
     repeated = [] if best is None else repeats(problem, best)
     while best is not None and misses < patience * len(repeated) and search.left() > 0 and not _close(search):
-        several = random.choice(SEVERAL)
-        first = random.randrange(max(1, len(repeated) - several + 1))
-        share = random.choice((LEFT_OUT, 1.0))
-        gone = {t for t in repeated[first : first + several] if random.random() < share}
-        rest = tuple(o for t, o in enumerate(best) if t not in gone)
+        rest = _without_some(best, repeated, random)
         found, usage = _fit(search, problem, rest, problem.budget_bytes)
         if usage.peak_bytes <= problem.budget_bytes:
             search.offer(spare(search, found))
@@ -223,6 +247,14 @@ def _renew(search: Search) -> None:
         if search.schedule is not None and search.schedule != best:
             best, misses = search.schedule, 0
             repeated = repeats(problem, best)
+
+
+def _without_some(schedule: Schedule, repeated: list[int], random: Random) -> Schedule:
+    several = random.choice(SEVERAL)
+    first = random.randrange(max(1, len(repeated) - several + 1))
+    share = random.choice((LEFT_OUT, 1.0))
+    gone = {t for t in repeated[first : first + several] if random.random() < share}
+    return tuple(o for t, o in enumerate(schedule) if t not in gone)
 
 
 def _polished(search: Search, units: Units, low: Low) -> Iterator[Schedule]:

@@ -8,6 +8,7 @@ step that is left out costs two or three slices of an array and no simulation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 
@@ -31,12 +32,16 @@ class _Version:
     reads: list[int] = field(default_factory=list)
 
 
-def spare(search: Search, schedule: Schedule) -> Schedule:
-    """Return `schedule`, which fits, without the repeats that it can do without."""
+def spare(search: Search, schedule: Schedule, random: Random | None = None) -> Schedule:
+    """Return `schedule`, which fits, without the repeats that it can do without: the dearest first.
+
+    With `random`, in an order in which dear ones are likely to come early: near the least peak much depends on it.
+    """
     problem = search.problem
     lives = Lives(problem, schedule)
     level = np.array(simulate(problem, schedule).bytes_at, np.int64)
-    repeated = sorted(lives.repeats, key=lambda t: (-problem.ops[schedule[t]].cost_ns, t))
+    weight = {t: problem.ops[schedule[t]].cost_ns * (1.0 if random is None else random.random()) for t in lives.repeats}
+    repeated = sorted(weight, key=lambda t: (-weight[t], t))
     gone, before = set[int](), -1
     while len(gone) > before and search.left() > 0:
         search.spend(PASS_WORK * len(schedule))
