@@ -26,7 +26,7 @@ from graphplan.lift import Prepared
 from graphplan.measure import LossFails
 from graphplan.optimize import Options, Source, carry, check_fingerprint, check_plan, device_of
 from graphplan.plan import Plan
-from graphplan.progress import bars
+from graphplan.progress import bars_or
 from graphplan.replay import pick
 from graphplan.units import parse_budget
 
@@ -77,7 +77,7 @@ class Planner(Generic[P]):
         Raises:
             PlanMismatch: the plan is for another graph, or does not fit its budget here.
         """
-        with bars() as report, torch.enable_grad():
+        with bars_or(self.options.report) as report, torch.enable_grad():
             options = replace(self.options, report=report, released=frozenset(plan.released))
             source, options = self._fitted(sources(), options)
             source = replace(source, batch=None)  # the noise of a plan made elsewhere was measured there
@@ -125,7 +125,7 @@ class Planner(Generic[P]):
         self.latest, self.entries = other.latest, dict(other.entries)
 
     def _make(self, key: Hashable, sources: Sources) -> Entry[P]:
-        with bars() as report, torch.enable_grad():
+        with bars_or(self.options.report) as report, torch.enable_grad():
             source, options = self._fitted(sources(), replace(self.options, report=report))
             try:
                 candidates = self._candidates(key, source, options)

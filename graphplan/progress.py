@@ -36,6 +36,11 @@ class Stages:
         return dict(self.spent)
 
 
+def bars_or(report: Report) -> contextlib.AbstractContextManager[Report]:
+    """Return `report` where somebody listens, else bars on a terminal."""
+    return bars() if report is quiet else contextlib.nullcontext(report)
+
+
 @contextlib.contextmanager
 def bars(enabled: bool | None = None) -> Iterator[Report]:
     """Yield a Report that draws one transient bar a stage on standard error (None: only on a terminal)."""
