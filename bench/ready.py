@@ -1,7 +1,7 @@
 """How long `optimize` takes to a module ready to train: every zoo model at its real size. `python -m bench.ready`.
 
 One process a model, the default limit of 30 s and exact codecs; at shares of the unplanned peak, and right above the
-least peak, where only repeated recomputes fit. Every row captures and profiles anew.
+least peak, where in most models only repeated recomputes fit. Every row captures and profiles anew.
 """
 
 from __future__ import annotations
