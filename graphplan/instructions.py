@@ -6,8 +6,9 @@ They follow from the graph alone, so that a plan made elsewhere means the same h
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -127,7 +128,9 @@ class Instructions:
 
     def by_name(self) -> dict[str, int]:
         """Return the id of each instruction by its name."""
-        return {item.name: i for i, item in enumerate(self.items)}
+        found = {item.name: i for i, item in enumerate(self.items)}
+        assert len(found) == len(self.items), "two instructions of one name"
+        return found
 
 
 class Codec(Protocol):
@@ -165,7 +168,15 @@ def instructions_of(graph: Graph, codecs: Sequence[Codec], released: frozenset[s
         new, made = codec.find(graph, len(graph.storages) + len(encoded))
         encoded.extend(new)
         items.extend(made)
-    return Instructions(tuple(items), tuple(encoded), program, turn, released)
+    return Instructions(tuple(_told_apart(graph, items, encoded)), tuple(encoded), program, turn, released)
+
+
+def _told_apart(graph: Graph, items: list[Instruction], encoded: list[Encoded]) -> Iterator[Instruction]:
+    """Say in the names of an op's instructions which code each runs from, where there are several: plans name them."""
+    often, of = Counter(item.name for item in items), {e.id: graph.storages[e.of].name for e in encoded}
+    for item in items:
+        codes = [of[s] for s in item.reads if s in of]
+        yield replace(item, name=f"{item.name}_of_{codes[0]}") if often[item.name] > 1 and codes else item
 
 
 def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.Node]:

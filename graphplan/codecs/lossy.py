@@ -183,7 +183,7 @@ def _can_do(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
 def _is_view(graph: Graph, a: fx.Node, node: fx.Node, storage: int) -> bool:
     while a is not node:
         sources = [x for x in a.all_input_nodes if storage in graph.storages_of[x.name]]
-        if len(sources) != 1 or len(graph.storages_of[a.name]) != 1:
+        if len(sources) != 1 or set(graph.storages_of[a.name]) != {storage}:
             return False
         a = sources[0]
     return True
