@@ -38,7 +38,7 @@ from models_zoo import MODELS
 from models_zoo.entry import Example
 
 CAPS = (0.01, 0.1, 1.0)
-RENEWED = (0.05, 0.2, 0.5)  # of the steps
+RENEWED = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)  # of the steps
 METHODS = ("exact", *(f"noise {c:g}" for c in CAPS), "uniform 4 bit, exact masks", "uniform 4 bit, no masks")
 
 
@@ -53,6 +53,7 @@ class Task:
     score: Callable[[nn.Module], float]
     loss_fn: Callable[..., Tensor]
     unit: str
+    adam: bool = False  # else SGD
 
 
 def digits(batch: int = 64, epochs: int = 12) -> Task:
@@ -97,7 +98,7 @@ def characters(batch: int = 32, steps: int = 600) -> Task:
         starts = torch.arange(0, len(held) - time - 1, time)[:1024]
         return float(model(*window(held, starts).inputs)) / torch.log(torch.tensor(2.0)).item()
 
-    return Task("gpt", steps, 3e-3, batches, score, lambda loss: loss, "bits a character")
+    return Task("gpt", steps, 3e-3, batches, score, lambda loss: loss, "bits a character", adam=True)
 
 
 TASKS = {"digits": digits, "characters": characters}
@@ -112,8 +113,7 @@ def train(task: Task, method: str, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"task": task.model, "method": method, "seed": seed}
     if here is not None:
         found.update(_figures(here, schedule))
-    adam = task.model == "gpt"
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=task.rate) if adam else _sgd(model, task.rate)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=task.rate) if task.adam else _sgd(model, task.rate)
     schedule_of_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=task.steps)
     torch.manual_seed(seed)
     model.train()
@@ -176,7 +176,10 @@ def _planned(task: Task, model: nn.Module, first: Example, method: str) -> tuple
     if method == METHODS[-1]:
         return model, None, None
     cap = float(method.removeprefix("noise ")) if method.startswith("noise") else 0.1
-    here = prepared_ground(model, first, task.loss_fn, None, time_limit=5, gradient_noise=cap)
+    noise = graphplan.estimate_noise(
+        model, first.inputs, loss_fn=task.loss_fn, example_targets=first.targets, weights="adam" if task.adam else "sgd"
+    )
+    here = prepared_ground(model, first, task.loss_fn, None, time_limit=5, gradient_noise=cap, noise=noise)
     problem = here.prepared.problem
     schedule = problem.program
     if method.startswith("uniform"):  # refused ones, too

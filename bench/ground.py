@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphplan.device import Device
     from graphplan.instructions import Instructions
     from graphplan.lift import Prepared
+    from graphplan.noise import Noise
     from graphplan.optimize import Options
     from graphplan.plan import Plan
     from graphplan.replay import Batch
@@ -59,16 +60,17 @@ def ground(name: str, *, small: bool = False, time_limit: float = 20.0, gradient
 
 
 def prepared_ground(
-    model: Any, example: Any, loss_fn: Any, path: Path | None, *, time_limit: float = 20.0, gradient_noise: float = 0.1
-) -> Ground:
-    """Return the Ground of a model on a batch; `path`: of its noise."""
+    model: Any, example: Any, loss_fn: Any, path: Path | None, *, time_limit: float = 20.0, gradient_noise: float = 0.1,
+    noise: Noise | None = None,
+) -> Ground:  # fmt: skip
+    """Return the Ground of a model on a batch with this `noise`, else what is in the file `path`, or will be."""
     from graphplan.capture import capture, flatten_call
     from graphplan.device import Device
     from graphplan.noise import Noise
     from graphplan.optimize import make_options, prepare
     from graphplan.replay import Batch
 
-    known = Noise.load(path) if path is not None and path.exists() else None
+    known = Noise.load(path) if noise is None and path is not None and path.exists() else noise
     options = make_options(
         "100%", "lossy", gradient_noise, time_limit=time_limit, loss_fn=loss_fn, example_targets=example.targets,
         noise=known,
@@ -131,4 +133,5 @@ def joint_noise(ground: Ground, schedule: Sequence[int]) -> Any:
 
     names = [ground.prepared.problem.ops[o].name for o in schedule]
     rewritten = rewrite(ground.captured.graph, ground.prepared.instructions, names)
-    return measure_noise(ground.captured, rewritten, ground.batch)
+    assert ground.prepared.noise is not None
+    return measure_noise(ground.captured, rewritten, ground.batch, ground.prepared.noise.weights)

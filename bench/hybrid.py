@@ -170,19 +170,18 @@ def sums(here: Ground) -> list[dict[str, Any]]:
 def all_encoded(here: Ground, codec: str, allowed: Collection[str] | None = None) -> tuple[list[int], list[str]]:
     """Return the program with every (or every allowed) activation that `codec` offers encoded by it, and their names.
 
-    An op that reads two codes runs from one of them, and the other activation is kept for it.
+    An op that reads several runs from all of them.
     """
     prepared = here.prepared
     items, storages = prepared.instructions.items, here.captured.graph.storages
     offered = {e.id: storages[e.of].name for e in prepared.instructions.encoded if e.codec == codec}
     codes = {e: name for e, name in offered.items() if allowed is None or name in allowed}
     encodes = [i for i, item in enumerate(items) if item.kind == "encode" and codes.keys() & set(item.writes)]
-    taken: dict[int, int] = {}
-    read: set[str] = set()
-    for i, item in enumerate(items):
-        if item.kind == "variant" and codes.keys() & set(item.reads) and item.op is not None and item.op not in taken:
-            taken[item.op] = i
-            read.update(codes[s] for s in item.reads if s in codes)
+    last = sorted(enumerate(items), key=lambda pair: len(codes.keys() & set(pair[1].reads)))
+    known = {e.id for e in prepared.instructions.encoded} - codes.keys()  # others' codes are not made
+    last = [(i, item) for i, item in last if known.isdisjoint(item.reads)]
+    taken = {item.op: i for i, item in last if item.kind == "variant" and codes.keys() & set(item.reads)}
+    read = {codes[s] for i in taken.values() for s in items[i].reads if s in codes}
     schedule = []
     for p in prepared.instructions.program:
         if items[p].kind == "turn":

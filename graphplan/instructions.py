@@ -132,6 +132,18 @@ class Instructions:
         assert len(found) == len(self.items), "two instructions of one name"
         return found
 
+    def joint(self) -> dict[int, tuple[int, ...]]:
+        """Return for each instruction that runs an op from several codes those that run it from one of them each."""
+        codes, several = {e.id for e in self.encoded}, dict[int, list[int]]()
+        alone: dict[tuple[int | None, int], int] = {}
+        for i, item in enumerate(self.items):
+            own = [s for s in item.reads if s in codes]
+            if item.kind == "variant" and len(own) == 1:
+                alone[item.op, own[0]] = i
+            elif item.kind == "variant" and own:
+                several[i] = own
+        return {i: tuple(alone[self.items[i].op, s] for s in own) for i, own in several.items()}
+
 
 class Codec(Protocol):
     """Finds what it can encode in a graph. One file and one line in CODECS add one."""
@@ -176,7 +188,7 @@ def _told_apart(graph: Graph, items: list[Instruction], encoded: list[Encoded]) 
     often, of = Counter(item.name for item in items), {e.id: graph.storages[e.of].name for e in encoded}
     for item in items:
         codes = [of[s] for s in item.reads if s in of]
-        yield replace(item, name=f"{item.name}_of_{codes[0]}") if often[item.name] > 1 and codes else item
+        yield replace(item, name=f"{item.name}_of_{'_and_'.join(codes)}") if often[item.name] > 1 and codes else item
 
 
 def results_of(graph: Graph, node: fx.Node, writes: Iterable[int]) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from graphplan.graph import Graph, StorageKind
@@ -57,6 +58,8 @@ def lower(
         )
 
     ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
+    for i, parts in instructions.joint().items():
+        ops[i] = _together(ops, ops[i], [ops[o] for o in parts])
     turn, end = instructions.turn, instructions.program[-1]
     tangents = sum(sizes[s] for s in instructions.items[turn].writes)
     ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
@@ -167,6 +170,13 @@ def _cost(profile: Profile, i: int, alternative_to: int | None) -> int:
     """
     cost = profile.cost_ns[i]
     return cost if alternative_to is None else max(cost, profile.cost_ns[alternative_to])
+
+
+def _together(ops: Sequence[Op], op: Op, parts: Sequence[Op]) -> Op:
+    """Return `op` priced as what each of its parts adds to the op in whose place they run: solvers count so."""
+    assert op.instead_of is not None
+    cost = sum(p.cost_ns for p in parts) - (len(parts) - 1) * ops[op.instead_of].cost_ns
+    return replace(op, cost_ns=cost)
 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:

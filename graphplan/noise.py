@@ -222,10 +222,12 @@ class _Slot:
 
 def _slots(captured: Capture, instructions: Instructions) -> Iterator[_Slot]:
     ways: dict[int, dict[str, _Way]] = {}
+    joint = instructions.joint()
+    variants = [item for i, item in enumerate(instructions.items) if item.kind == "variant" and i not in joint]
     for e in instructions.encoded:
         if e.loss is not None:
             encode = next(i for i in instructions.items if i.kind == "encode" and e.id in i.writes)
-            readers = [i for i in instructions.items if i.kind == "variant" and e.id in i.reads]
+            readers = [i for i in variants if e.id in i.reads]
             ways.setdefault(e.of, {})[e.codec] = _Way(e.loss, encode, readers)
     for s, found in ways.items():
         yield _Slot(captured.graph.storages[s].name, s, found)

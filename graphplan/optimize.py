@@ -19,7 +19,7 @@ from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import lower, noise_ppb, outputs_bytes, without_codecs
+from graphplan.lower import computing_once, lower, noise_ppb, outputs_bytes, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
 from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
 from graphplan.plan import Plan
@@ -34,6 +34,7 @@ from solvers import Limits, Problem, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
 SECOND_SHARE = 0.5  # of the time limit at least, where plans with codecs and without are searched one after the other
+ONCE_SHARE = 0.1  # of the time limit, for plans that recompute nothing
 ANY_NOISE_PPB = 1 << 62
 TIGHTENINGS = 3
 
@@ -259,15 +260,28 @@ def _solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: i
     start, problem = time.monotonic(), prepared.problem
     if not prepared.instructions.encoded:
         return solvers.solve(problem, solver, limits)
+    known = (*limits.known, *_computing_once(prepared, solver, limits))
     if problem.budget_bytes < single_peak_bytes:
         plain = _without_codecs(prepared, solver, limits)
-        found = () if plain.schedule is None else (plain.schedule,)
-        left = _rest(limits, start)
-        return _cheaper(problem, solvers.solve(problem, solver, replace(left, known=(*limits.known, *found))), plain)
-    solution = solvers.solve(problem, solver, limits)
+        known = known if plain.schedule is None else (*known, plain.schedule)
+        return _cheaper(problem, solvers.solve(problem, solver, replace(_rest(limits, start), known=known)), plain)
+    solution = solvers.solve(problem, solver, replace(_rest(limits, start), known=known))
     if solution.status is solvers.Status.OPTIMAL:
         return solution
     return _cheaper(problem, solution, _without_codecs(prepared, solver, _rest(limits, start)))
+
+
+def _computing_once(prepared: Prepared, solver: str, limits: Limits) -> tuple[Schedule, ...]:
+    """Return the best plan that computes everything once, where two results of one op have codes.
+
+    Solvers let such results come back together, so that in their plans one of them is encoded at most.
+    """
+    coded = {e.of for e in prepared.instructions.encoded}
+    if all(len(coded.intersection(op.writes)) < 2 for op in prepared.graph.ops):
+        return ()
+    few = replace(limits, known=(), seconds=ONCE_SHARE * limits.seconds)
+    found = solvers.solve(computing_once(prepared.problem), solver, few).schedule
+    return () if found is None else (found,)
 
 
 def _rest(limits: Limits, start: float) -> Limits:

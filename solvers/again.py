@@ -20,6 +20,7 @@ from random import Random
 import numpy as np
 
 from solvers.any_plan import COEFFICIENT, LARGEST, relax_any, spaced_rows
+from solvers.checkpoints import encoded
 from solvers.evaluate import keep_everything, peaks, profiles, to_schedule
 from solvers.greedy import descend, polish
 from solvers.ladder import Low
@@ -186,7 +187,7 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     if search.schedule is not None:
         _offer_spared(search, search.schedule, random)
     budget, seen = search.problem.budget_bytes, set[Schedule]()
-    for start in chain(roundings(search, units, budget), _polished(search, units, low)):
+    for start in chain(_encoded(search, units), roundings(search, units, budget), _polished(search, units, low)):
         if start in seen:
             continue
         found, usage = _fit(search, search.problem, start, budget)
@@ -198,6 +199,14 @@ def fit_again(search: Search, units: Units, low: Low) -> None:
     if not _close(search, WIDE):
         _from_above(search, random)
     _renew(search, random)
+
+
+def _encoded(search: Search, units: Units) -> Iterator[Schedule]:
+    """Return what flips make of plans that encode, with the least area above the budget, by one recompute a value."""
+    for fates in encoded(units):
+        if search.left() <= 0:
+            return
+        yield to_schedule(units, descend(search, units, fates, search.problem.budget_bytes, by_area=True))
 
 
 def _offer_spared(search: Search, schedule: Schedule, random: Random) -> None:

@@ -42,12 +42,12 @@ def working_set(problem: Problem, units: Units | None = None) -> WorkingSet:
 
 def cost_floor(problem: Problem, units: Units) -> int:
     """Return a bound on the cost of any plan: every op once, the cheaper of each op and its alternatives."""
-    saved: dict[OpId, int] = {}
-    for unit in units.units:
+    saved: dict[tuple[OpId, int], int] = {}  # by each unit: several may save together
+    for a, unit in enumerate(units.units):
         for fate in unit.fates:
             for q, alternative in fate.instead:
                 gain = problem.ops[q].cost_ns - problem.ops[alternative].cost_ns
-                saved[q] = max(saved.get(q, 0), gain)
+                saved[q, a] = max(saved.get((q, a), 0), gain)
     return problem.program_cost_ns() - sum(saved.values())
 
 
@@ -59,6 +59,10 @@ def _needed(problem: Problem, units: Units) -> np.ndarray[tuple[int], np.dtype[n
         for fate in unit.fates:
             for q, alternative in fate.instead:
                 alternatives.setdefault(q, []).append(alternative)
+    for o in units.joint.values():
+        own = problem.ops[o].instead_of
+        assert own is not None
+        alternatives[own].append(o)
     extra = np.zeros(n, np.int64)
     pinned = {v for u in units.units if len(u.fates) == 1 for v in u.values}
     for unit in units.units:

@@ -3,17 +3,26 @@
 Checkpointing by segments (Chen et al. 2016) for graphs that are no chain: a place between two ops is as wide as the
 bytes that are written before it and read after it in the forward, and what crosses it is all that a restart there
 needs. A search by single flips reaches such a plan of a long recurrent graph only after thousands of them.
+
+Others encode everything, but for what a first part of the forward writes, which is recomputed from such checkpoints:
+its codes would be held longest, and are there when most gradients are. From everything kept, flips to codes look dear
+beside recomputes where one code frees little, and noise that was spent on the first ones is missing for the last.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from solvers.evaluate import Fates, keep_everything
+from solvers.evaluate import Fates, allowed, keep_everything, profiles
 from solvers.fates import value_spans
 from solvers.moves import DROP, KEEP
 from solvers.units import Int64, Units
 
+Floats = NDArray[np.float64]
+
+PARTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of the forward, recomputed where the rest is encoded
+BISECTIONS = 60  # of a price
 COUNTS = 40  # numbers of segments tried at most
 WINDOW = 0.4  # of a segment's bytes, to both sides of its even end: where the narrowest place is looked for
 
@@ -41,6 +50,44 @@ def checkpointed(units: Units) -> Fates:
         plan[free] = np.where(crosses, KEEP, DROP)
         plans.append(plan)
     return np.stack(plans)
+
+
+def encoded(units: Units) -> Fates:
+    """Return plans [plan, unit]: all encoded, then all but what PARTS of the forward write; none without codecs."""
+    kept = keep_everything(units)
+    most = max((len(u.fates) for u in units.units), default=0)
+    gain, noise = np.full((len(kept), most), -np.inf), np.zeros((len(kept), most))
+    for a, unit in enumerate(units.units):
+        for m, fate in enumerate(unit.fates):
+            noise[a, m] = fate.noise_ppb
+            if fate.encode is not None:
+                gain[a, m] = sum(h.size_bytes for h in fate.held if h.dropped) - fate.encoded_bytes
+    if not np.isfinite(gain).any():
+        return kept[None, :][:0]
+    checkpoints = checkpointed(units)
+    low = checkpoints[np.argmin(profiles(units, checkpoints).peak_bytes())]
+    last = np.array([min((h.last_forward for h in u.fates[KEEP].held), default=0) for u in units.units])
+    plans = []
+    for part in PARTS:
+        rest = last >= part * units.problem.turn
+        own = np.where(rest[:, None], gain, -np.inf)
+        own[np.arange(len(kept)), kept] = 0.0
+        plans.append(allowed(units, np.where(rest, _coded(own, noise, units.problem.noise_limit_ppb), low)))
+    return np.stack(plans).astype(kept.dtype)
+
+
+def _coded(gain: Floats, noise: Floats, limit: int) -> Int64:
+    """Return each unit's fate of most gain [unit, fate] less its noise at a price, the lowest that keeps the limit."""
+    low, high, each = 0.0, max(0.0, float(gain.max())), np.arange(len(gain))
+    found: Int64 = np.argmax(gain - high * noise, axis=1)  # without noise
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        chosen = np.argmax(gain - price * noise, axis=1)
+        if noise[each, chosen].sum() <= limit:
+            high, found = price, chosen
+        else:
+            low = price
+    return found
 
 
 def _lives(units: Units, free: Int64) -> tuple[Int64, Int64]:

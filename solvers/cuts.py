@@ -61,25 +61,16 @@ class _Reason:
 
     def place(self, schedule: tuple[OpId, ...], step: int) -> tuple[int, frozenset[int]]:
         """The program position a step belongs to or precedes, and the units that put it there."""
-        problem, at = self.units.problem, 0
-        alternatives = {o: q for a, u in enumerate(self.units.units) for q, o in u.fates[self.fates[a]].instead}
-        program = {o: t for t, o in enumerate(problem.program)}
-        passed = -1
+        problem, passed = self.units.problem, -1
         for s in range(step + 1):
-            at = program.get(alternatives.get(schedule[s], schedule[s]), -1)
-            if at == passed + 1:
-                passed = at
+            due = problem.program[passed + 1] if passed + 1 < len(problem.program) else None
+            if due is not None and due in (schedule[s], problem.ops[schedule[s]].instead_of):
+                passed += 1
             elif s == step:
                 return self._inserted(schedule[step], passed)
-        a = next(
-            (
-                a
-                for a, u in enumerate(self.units.units)
-                if (problem.program[passed], schedule[step]) in u.fates[self.fates[a]].instead
-            ),
-            None,
-        )
-        return passed, frozenset() if a is None else frozenset({a})
+        op = problem.program[passed]
+        wants = (a for a, u in enumerate(self.units.units) if any(q == op for q, _ in u.fates[self.fates[a]].instead))
+        return passed, frozenset(wants) if schedule[step] != op else frozenset()
 
     def _inserted(self, op: OpId, passed: int) -> tuple[int, frozenset[int]]:
         for a, unit in enumerate(self.units.units):

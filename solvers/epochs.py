@@ -8,7 +8,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +16,8 @@ from ortools.sat.python import cp_model
 
 from solvers.evaluate import Fates
 from solvers.fates import Fate, Held
-from solvers.problem import ValueId
+from solvers.joint import spared_bytes
+from solvers.problem import OpId, ValueId
 from solvers.units import Units, rewrites
 
 Term = tuple[cp_model.IntVar, int]
@@ -154,6 +155,7 @@ class EpochModel:
         rows = [(t, -1) for t in self.forward] + [(t, i) for i, t in enumerate(self.rows)]
         for t, i in rows:
             terms = [term for a in range(len(self.units.units)) for term in self._held(a, t, i)]
+            terms.extend(self._spared(self.units.problem.program[t]))
             variables, sizes = [x for x, _ in terms], [s for _, s in terms]
             if self.peak is not None:
                 variables, sizes = [*variables, self.peak], [*sizes, -1]
@@ -182,6 +184,22 @@ class EpochModel:
             if h.value in waiting:
                 terms.extend(self._waiting(h, t, i))
         return terms
+
+    def _spared(self, op: OpId) -> list[Term]:
+        """What joint alternatives for an op take less than their parts, of which all must be chosen."""
+        terms: list[Term] = []
+        for parts, o in self.units.joint.items():
+            less = spared_bytes(self.units.problem, o, parts) if self.units.problem.ops[o].instead_of == op else 0
+            if less:
+                terms.append((self.model.new_bool_var(""), -less))
+                for p in parts:
+                    chosen = [x for x, f in self._fates() if (op, p) in f.instead]
+                    self.model.add(sum(chosen) >= terms[-1][0])
+        return terms
+
+    def _fates(self) -> Iterator[tuple[cp_model.IntVar, Fate]]:
+        for literals, unit in zip(self.chosen, self.units.units, strict=True):
+            yield from zip(literals, unit.fates, strict=True)
 
     def _rewritten(self, a: int, m: int, h: Held, i: int) -> list[Term]:
         """A value that the restore writes again need not be there before it."""

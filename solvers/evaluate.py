@@ -64,12 +64,12 @@ def to_schedule(units: Units, fates: Fates) -> Schedule:
     them, in program order among themselves; alternatives stand in the place of the ops they replace.
 
     Raises:
-        ValueError: two chosen fates each want an alternative of their own for the same op.
+        ValueError: two chosen fates each want an alternative of their own for the same op, and no joint one stands.
     """
     problem = units.problem
     before: dict[int, list[tuple[int, int]]] = {}
     after: dict[int, list[int]] = {}
-    instead: dict[int, int] = {}
+    wanted: dict[int, set[int]] = {}
     for a, t in enumerate(restore_times(units, fates)):
         fate = units.units[a].fates[fates[a]]
         if t < len(problem.program):
@@ -77,9 +77,11 @@ def to_schedule(units: Units, fates: Fates) -> Schedule:
         if fate.encode is not None:
             after.setdefault(fate.encode_at, []).append(fate.encode)
         for q, alternative in fate.instead:
-            if instead.get(q, alternative) != alternative:
-                raise ValueError(f"op {q} {problem.ops[q].name!r} has two alternatives chosen")
-            instead[q] = alternative
+            wanted.setdefault(q, set()).add(alternative)
+    instead = {q: units.joint.get(frozenset(several), min(several)) for q, several in wanted.items()}
+    for q, several in wanted.items():
+        if len(several) > 1 and frozenset(several) not in units.joint:
+            raise ValueError(f"op {q} {problem.ops[q].name!r} has two alternatives chosen")
     schedule: list[int] = []
     for t, q in enumerate(problem.program):
         schedule.extend(o for _, o in sorted(before.get(t, []), key=lambda pair: pair[0]))
@@ -90,7 +92,8 @@ def to_schedule(units: Units, fates: Fates) -> Schedule:
 
 def fates_of(units: Units, schedule: Schedule) -> Fates | None:
     """Return the fate vector that means `schedule`; None when no vector does."""
-    ran = set(schedule)
+    parts = {o: some for some, o in units.joint.items()}
+    ran = {part for o in schedule for part in (o, *parts.get(o, ()))}
     turn = schedule.index(units.problem.program[units.problem.turn])
     again = set(schedule[turn + 1 :])
     fates = keep_everything(units)

@@ -19,7 +19,7 @@ import numpy as np
 
 from solvers.again import SHARES, lower_again, lower_rounded
 from solvers.bounds import ANY_PLAN, ONE_RECOMPUTE, cost_floor, working_set
-from solvers.checkpoints import checkpointed
+from solvers.checkpoints import checkpointed, encoded
 from solvers.epochs import EpochModel
 from solvers.evaluate import allowed, exact, fates_of, keep_everything, profiles, to_schedule
 from solvers.greedy import descend, evaluation, polish
@@ -186,13 +186,17 @@ def _single(search: Search, units: Units, best: Low) -> Low:
 
 
 def _descended(search: Search, units: Units, kept: Low) -> Low:
-    """Return the least peak that flips reach from the best checkpoints, and from everything kept: in a large graph
-    thousands of them would have to be taken from there, and it is left out.
+    """Return the least peak that flips reach from the best checkpoints, from everything encoded, and from everything
+    kept: in a large graph thousands of them would have to be taken from there, and it is left out.
     """
     plans = checkpointed(units)
     search.spend(evaluation(units, len(plans)))
     start = better(units, kept, plans[np.argmin(profiles(units, plans).peak_bytes())])
     starts = [start] if evaluation(units, len(flips(units, kept.vector))) > LARGE else [start, kept]
+    coded = encoded(units)
+    if len(coded):
+        search.spend(evaluation(units, len(coded)))
+        starts.append(low_of(units, coded[np.argmin(profiles(units, coded).peak_bytes())], kept.bound_bytes))
     found = []
     for start in starts:
         search.work_left = GREEDY_WORK / len(starts)

@@ -164,11 +164,10 @@ class Rounds:
         level = np.full(len(self.units.problem.program), -1, np.int64)
         last = -1
         schedule = to_schedule(self.units, fates)
-        originals = {o: q for u, m in zip(self.units.units, fates, strict=True) for q, o in u.fates[m].instead}
-        program = self.units.problem.program
+        ops, program = self.units.problem.ops, self.units.problem.program
         inserted = True
         for step, o in enumerate(schedule):
-            if last + 1 < len(program) and originals.get(o, o) == program[last + 1]:
+            if last + 1 < len(program) and program[last + 1] in (o, ops[o].instead_of):
                 last += 1
                 inserted = inserted and step != usage.peak_step
                 if usage.bytes_at[step] > limit_bytes and last not in self.rows:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from solvers.evaluate import profiles
 from solvers.rounds import WIDE, Found, Rounds, start_rows, take
 from solvers.search import Search
 from solvers.units import Units
@@ -47,7 +48,7 @@ def free_stretches(search: Search, rounds: Rounds) -> None:
 def _decide(search: Search, hands: list[Rounds], free: list[set[int]], pool: ThreadPoolExecutor) -> None:
     """Offer the best plan with the first of these sets of units decided again, then with the next one, too.
 
-    What breaks rows that the decision did not know is mended.
+    What breaks rows that the decision did not know is mended; where both together add too much noise, each is offered.
     """
     best, seconds = search.fates, min(STRETCH_SHARE * search.limits.seconds, search.left())
     assert best is not None
@@ -59,7 +60,9 @@ def _decide(search: Search, hands: list[Rounds], free: list[set[int]], pool: Thr
     for hand, units, found in zip(hands, free, pool.map(solve, hands, free), strict=False):
         if found.fates is not None and search.fates is not None:
             inside = np.isin(np.arange(len(best)), list(units))
-            found = replace(found, fates=np.where(inside, found.fates, search.fates))
+            both = np.where(inside, found.fates, search.fates)
+            if not profiles(hand.units, both[None, :]).refused[0]:
+                found = replace(found, fates=both)
         take(search, hand, found)
 
 

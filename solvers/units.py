@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from solvers.fates import Draft, Fate, FateMaker, Held, Span, encoders, value_spans
+from solvers.joint import Joint, joint_alternatives
 from solvers.problem import Kind, OpId, Problem, ValueId
 from solvers.tables import Int64, Tables, tabulate
 
@@ -41,7 +43,8 @@ class Units:
 
     `base_bytes[t]` is in use at program position t whatever is decided: fixed bytes, workspace, values outside the
     units, and every unit value from its write to its last forward read. `own_bytes[t]` is the part of it that only
-    program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit, fate) holds.
+    program[t] brings: its workspace and its writes. In each group of `clashes` at most one (unit, fate) holds. `joint`
+    says what runs where several fates each want an alternative of their own for the same op.
     """
 
     problem: Problem
@@ -50,6 +53,7 @@ class Units:
     base_bytes: Int64
     own_bytes: Int64
     clashes: tuple[tuple[tuple[int, int], ...], ...]
+    joint: Joint
     soft: dict[ValueId, tuple[int, Held]]  # undecided values that a unit's restore writes again, and which unit
     floor_bytes: Int64  # base_bytes without the soft values after their last forward read
     workspace_bytes: Int64  # of program[t]
@@ -80,7 +84,8 @@ def build_units(problem: Problem) -> Units:
     for _, h in soft.values():
         floor[h.last_forward + 1 : h.last_backward + 1] -= h.size_bytes
     workspace = np.array([problem.ops[o].workspace_bytes for o in problem.program], np.int64)
-    clashes = _clashes(ordered)
+    joint = joint_alternatives(problem, [f for u in ordered for f in u.fates])
+    clashes = _clashes(ordered, joint)
     slot = {v: i for i, v in enumerate(unit_of)}
     tables = tabulate(problem, [u.fates for u in ordered], slot, clashes, (base, own, workspace))
     return Units(
@@ -90,6 +95,7 @@ def build_units(problem: Problem) -> Units:
         base,
         own,
         clashes,
+        joint,
         soft,
         floor,
         workspace,
@@ -255,14 +261,22 @@ def _siblings(problem: Problem, units: list[Unit], unit_of: dict[ValueId, int]) 
     return tuple(dict.fromkeys(groups))
 
 
-def _clashes(units: list[Unit]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    groups: dict[OpId, list[tuple[int, int]]] = {}
+def _clashes(units: list[Unit], joint: Joint) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Group the fates of several units of which one may hold: all that want an alternative for one op, or each two."""
+    wanted: dict[OpId, list[tuple[int, int, OpId]]] = {}
     for a, unit in enumerate(units):
         for m, fate in enumerate(unit.fates):
-            for q, _ in fate.instead:
-                groups.setdefault(q, []).append((a, m))
-    several = (tuple(g) for g in groups.values() if len({a for a, _ in g}) > 1)
-    return tuple(dict.fromkeys(several))
+            for q, o in fate.instead:
+                wanted.setdefault(q, []).append((a, m, o))
+    groups: list[tuple[tuple[int, int], ...]] = []
+    for several in wanted.values():
+        pairs = [(x, y) for x, y in combinations(several, 2) if x[0] != y[0]]
+        apart = [((a, m), (b, n)) for (a, m, o), (b, n, p) in pairs if frozenset((o, p)) not in joint]
+        if len(apart) < len(pairs):
+            groups.extend(apart)
+        elif pairs:
+            groups.append(tuple((a, m) for a, m, _ in several))
+    return tuple(dict.fromkeys(groups))
 
 
 def _bytes(problem: Problem, values: tuple[ValueId, ...]) -> int:

@@ -75,9 +75,10 @@ def all_encoded(captured: Capture, instructions: Instructions, codec: str, only:
         codes = {e for e in codes if captured.graph.storages[_of(instructions, e)].name == only}
     encodes = [i for i in instructions.items if i.kind == "encode" and codes & set(i.writes)]
     taken: dict[int, str] = {}
-    for item in instructions.items:
-        if item.kind == "variant" and codes & set(item.reads) and item.op is not None:
-            taken.setdefault(item.op, item.name)
+    for item in sorted(instructions.items, key=lambda item: len(codes & set(item.reads))):  # from all that it can
+        made = codes.issuperset({e.id for e in instructions.encoded} & set(item.reads))
+        if item.kind == "variant" and codes & set(item.reads) and made and item.op is not None:
+            taken[item.op] = item.name
     steps = []
     for item in (instructions.items[i] for i in instructions.program):
         if item.kind == "turn":

@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphplan
+import solvers
 from graphplan.capture import capture
 from graphplan.codecs import CODECS
 from graphplan.codecs.lossy import DECIDES, Lossy
 from graphplan.codecs.mixed import Mixed
 from graphplan.functions import group, group_kernels
+from graphplan.lower import computing_once
 from graphplan.noise import REFUSED_PPB, Noise, NoiseFormatError, estimate, gradient_variance, measure_noise
+from graphplan.optimize import find_least, make_options, make_plan
 from graphplan.replay import Batch, Tape
 from graphplan.rewrite import rewrite
 from models_zoo import MODELS
@@ -250,6 +253,33 @@ def test_codecs_cost_nothing_where_they_do_not_help(name: str) -> None:
         graphplan.optimize(model, least, example.inputs, codecs=codecs, **given).plan for codecs in ("none", "exact")
     )
     assert allowed.overhead <= without.overhead
+
+
+def test_a_hybrid_plan_is_never_slower_than_codes_alone() -> None:
+    """Where a pool's result and its indices both have codes, too: recomputed they come back together."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 1, 1))]
+    model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 24 * 24, 5)), torch.randn(8, 8, 24, 24)
+    loss = {"loss_fn": token_loss, "example_targets": torch.randint(5, (8,))}
+    planned = graphplan.optimize(model, "100%", (x,), codecs="lossy", time_limit=5, **loss)
+    prepared, options = planned.entry().prepared, make_options("100%", "lossy", time_limit=5)
+    least, cheap = find_least(prepared, options), 0
+    codes = [i for i, item in enumerate(prepared.instructions.items) if item.kind in ("encode", "decode", "variant")]
+    own = prepared.problem.ops
+    ops = tuple(
+        replace(op, cost_ns=1 if op.instead_of is None else own[op.instead_of].cost_ns) if i in codes else op
+        for i, op in enumerate(own)
+    )
+    for part in (0.1, 0.2, 0.3, 0.4):
+        budget = int(least.least_peak_bytes + part * (prepared.baseline_peak_bytes - least.least_peak_bytes))
+        problem = replace(prepared.problem, ops=ops, budget_bytes=budget)
+        once = solvers.solve(computing_once(problem), "auto", solvers.Limits(seconds=5))
+        if once.schedule is not None:
+            cost = solvers.simulate(problem, once.schedule).cost_ns
+            found = make_plan(replace(prepared, problem=problem), least, options)
+            assert found.overhead <= cost / problem.program_cost_ns() - 1 + 1e-9
+            cheap += solvers.solve(problem, "auto", solvers.Limits(seconds=5)).lower_bound_ns > cost
+    assert cheap  # alone, solvers prove that nothing of theirs is as fast
 
 
 def test_no_noise_allowed_means_none() -> None:

@@ -17,11 +17,12 @@ from torch import fx
 
 from graphplan import functions
 from graphplan.codecs.find import Target, backward_readers, packed, saved_nodes
+from graphplan.codecs.from_codes import AGAIN, Coded, from_codes, subsets, sums_scores
 from graphplan.codecs.readers import READERS
 from graphplan.codecs.stand_in import packing, run_from, sides_of, undemanding
 from graphplan.graph import Graph, GraphOp
 from graphplan.in_place import operands_of
-from graphplan.instructions import Emitter, Encoded, Instruction, Loss, results_of
+from graphplan.instructions import Emitter, Encoded, Instruction, Loss
 
 aten = torch.ops.aten
 REFERENCE = "int4"  # whose noise is replayed
@@ -63,6 +64,7 @@ class Lossy:
         """Return a code for every activation all of whose backward readers can do with it."""
         encoded: list[Encoded] = []
         made: list[Instruction] = []
+        coded: dict[int, list[Coded]] = {}  # what each backward op can read from codes
         readers, operands = backward_readers(graph), operands_of(graph)
         for node, storage in saved_nodes(graph):
             if not codable(node, self.bits):
@@ -83,7 +85,10 @@ class Lossy:
                 made.extend(run_from(graph, storage, asked, codes[1], operands, f"from_{self.name}"))
             encoded.extend(codes)
             made.append(self._encode(node, storage, codes, packing(sides_of(asked))))
-            made.extend(self._decode_and_run(graph, op, node, storage, code) for op in wanting)
+            for op in wanting:
+                coded.setdefault(op.id, []).append(self._from(node, storage, code))
+        for op in graph.ops:
+            made.extend(from_codes(graph, op, some, f"from_{self.name}") for some in subsets(coded.get(op.id, [])))
         return encoded, made
 
     def warm_up(self, graph: Graph) -> None:
@@ -124,36 +129,14 @@ class Lossy:
         writes = tuple(c.id for c in codes)
         return Instruction(codes[0].name, "encode", None, (storage,), writes, True, emit)
 
-    def _decode_and_run(self, graph: Graph, op: GraphOp, node: fx.Node, storage: int, code: Encoded) -> Instruction:
-        val, name = node.meta["val"], f"{op.name}__from_{self.name}"
+    def _from(self, node: fx.Node, storage: int, code: Encoded) -> Coded:
+        val, (_, coder) = node.meta["val"], self._coded(node)
         like = (tuple(val.shape), tuple(val.stride()), val.dtype)
-        _, coder = self._coded(node)
 
-        def decoded(out: Emitter) -> fx.Node:
-            args = (out.load_encoded(code.id), *coder.known, *like)
-            return out.call(coder.decode, args, f"{node.name}__from_{self.name}")
+        def decode(out: Emitter, name: str) -> fx.Node:
+            return out.call(coder.decode, (out.load_encoded(code.id), *coder.known, *like), name)
 
-        def emit(out: Emitter) -> None:
-            copies = {node: decoded(out)}
-
-            def load(a: fx.Node) -> fx.Node:
-                if storage not in graph.storages_of[a.name]:
-                    return out.load(a)
-                if a not in copies:  # a view, taken again of the decoded value
-                    views = fx.map_arg(a.args, load), f"{a.name}__from_{self.name}", fx.map_arg(a.kwargs, load)
-                    copies[a] = out.call(a.target, *views)  # type: ignore[arg-type]
-                return copies[a]
-
-            value = out.call(op.node.target, fx.map_arg(op.node.args, load), op.name, fx.map_arg(op.node.kwargs, load))  # type: ignore[arg-type]
-            for result in results_of(graph, op.node, op.writes):
-                item = value if result is op.node else out.call(operator.getitem, (value, result.args[1]), result.name)
-                out.store(result, item)
-            # A plan's values live through the whole instruction: read once more, or the peak is below the prediction.
-            out.call(aten.detach.default, (out.load_encoded(code.id),), f"{code.name}__held")
-
-        reads = (*(s for s in op.reads if s != storage and not graph.storages[s].kind.fixed), code.id)
-        beyond = lambda out: out.store(node, decoded(out))  # noqa: E731
-        return Instruction(name, "variant", op.id, reads, op.writes, True, emit, beyond=beyond)
+        return Coded(node, storage, code, decode)
 
 
 def codable(node: fx.Node, bits: int) -> bool:
@@ -169,7 +152,8 @@ def codable(node: fx.Node, bits: int) -> bool:
 
 def _can_do(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
     """Return whether `op` reads values of the activation, by views of it, and decides nothing by them."""
-    if not op.repeatable or op.node.target in DECIDES:
+    target = op.node.target
+    if not op.repeatable or target in DECIDES or (target not in AGAIN and sums_scores(target)):
         return False
     results = op.node.meta["val"]
     results = results if isinstance(results, tuple | list) else (results,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from hypothesis import strategies as st
 
@@ -182,10 +183,14 @@ def problems(layers: int = 8) -> st.SearchStrategy[Problem]:
     return st.builds(random_problem, st.integers(0, 100_000), st.integers(1, layers))
 
 
-def noisy_problem(seed: int, layers: int) -> Problem:
-    """A random problem with two lossy widths for some values, all of whose backward readers can read the codes."""
+def noisy_problem(seed: int, layers: int, joint: bool = False) -> Problem:
+    """A random problem with two lossy widths for some values, all of whose backward readers can read the codes.
+
+    `joint`: backward ops read several values, and most can run from several codes.
+    """
     problem, rng = random_problem(seed, layers), random.Random(seed)
     ops, sizes, names = list(problem.ops), list(problem.value_bytes), list(problem.value_names)
+    ops = several_readers(ops, problem, rng) if joint else ops
     late = problem.program[problem.turn + 1 :]
     for v in {v for o in problem.program[: problem.turn] for v in ops[o].writes}:
         readers = [o for o in late if v in ops[o].reads]
@@ -201,6 +206,48 @@ def noisy_problem(seed: int, layers: int) -> Problem:
                 reads = (*(r for r in ops[o].reads if r != v), code)
                 made = Op(f"r{len(ops)}", reads, ops[o].writes, ops[o].cost_ns + rng.randint(0, 4), instead_of=o)
                 ops.append(replace(made, workspace_bytes=rng.randint(0, sizes[v])))
+    if joint:
+        add_joint(ops, rng)
     made = replace(problem, ops=tuple(ops), value_bytes=tuple(sizes), value_names=tuple(names))
     made.verify()
     return at_share(replace(made, noise_limit_ppb=rng.choice((0, 5, 20, 60, 10_000))), rng.choice((0.0, 0.2, 0.5)))
+
+
+def several_readers(ops: list[Op], problem: Problem, rng: random.Random) -> list[Op]:
+    """Let some backward ops read a second forward value, which nobody takes over."""
+    forward = [v for o in problem.program[: problem.turn] for v in ops[o].writes]
+    taken = {op.takes_over for op in ops}
+    free = [v for v in forward if v not in taken and v not in problem.keep]
+    for o in problem.program[problem.turn + 1 :]:
+        if free and ops[o].reads and ops[o].repeatable and rng.random() < 0.5:
+            own = all(op.instead_of != o for op in ops)
+            reads = tuple(dict.fromkeys((*ops[o].reads, rng.choice(free))))
+            ops[o] = replace(ops[o], reads=reads) if own else ops[o]
+    return ops
+
+
+def add_joint(ops: list[Op], rng: random.Random) -> None:
+    """Add to most ops with alternatives from several codes what runs from all of them: priced as their sum, or not."""
+    encoder = {v: op for op in ops if op.kind is Kind.ENCODE and op.noise_ppb for v in op.writes}
+    own: dict[int, list[int]] = {}
+    for i, op in enumerate(ops):
+        if op.instead_of is not None and any(v in encoder for v in op.reads):
+            own.setdefault(op.instead_of, []).append(i)
+    for q, alternatives in own.items():
+        reads = set(ops[q].reads)
+        for i, j in combinations(alternatives, 2):
+            gone = [reads - set(ops[o].reads) for o in (i, j)]
+            if gone[0] & gone[1] or rng.random() < 0.3:
+                continue
+            codes = tuple(v for o in (i, j) for v in ops[o].reads if v not in reads)
+            kept = tuple(v for v in ops[q].reads if v not in gone[0] | gone[1])
+            cost = ops[i].cost_ns + ops[j].cost_ns - ops[q].cost_ns + (1 if rng.random() < 0.1 else 0)
+            scratch = scratch_bytes_of(ops[i], ops[j], ops[q])
+            scratch = rng.choice((scratch, scratch // 2)) if scratch > 0 else scratch
+            if scratch >= 0:
+                ops.append(Op(f"joint{len(ops)}", (*kept, *codes), ops[q].writes, cost, scratch, instead_of=q))
+
+
+def scratch_bytes_of(a: Op, b: Op, own: Op) -> int:
+    """The workspace of what is both; -1 where the op writes over an operand, which its alternatives do not."""
+    return -1 if own.takes_over is not None else a.workspace_bytes + b.workspace_bytes - own.workspace_bytes

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Op, Problem, simulate, solve
-from solvers.checkpoints import checkpointed
+from solvers.checkpoints import PARTS, checkpointed, encoded
 from solvers.evaluate import keep_everything, profiles, to_schedule
 from solvers.moves import DROP, KEEP
 from solvers.problem import Limits
 from solvers.units import build_units
-from tests.solvers.problems import random_problem
+from tests.solvers.problems import noisy_problem, random_problem
 
 
 def ladder(length: int, rungs: int = 3, wide: int = 20, narrow: int = 1) -> Problem:
@@ -75,3 +78,28 @@ def test_a_small_budget_of_a_long_graph_is_met_at_once() -> None:
     answer = solve(small, "auto", Limits(seconds=2))
     assert answer.schedule is not None
     assert simulate(small, answer.schedule).peak_bytes <= small.budget_bytes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_encoded_plans_keep_the_noise_and_free_more_for_more(seed: int) -> None:
+    problem, freed = noisy_problem(51_000 + seed, 8, joint=True), []
+    for limit in (0, 20, 100_000):
+        units = build_units(replace(problem, noise_limit_ppb=limit))
+        plans = encoded(units)
+        if not len(plans):  # nothing to encode
+            return
+        assert len(plans) == len(PARTS)
+        assert not profiles(units, plans).refused.any()
+        for fates in plans:
+            simulate(units.problem, to_schedule(units, fates))
+        chosen = [u.fates[m] for u, m in zip(units.units, plans[0], strict=True)]
+        codes = [
+            sum(h.size_bytes for h in f.held if h.dropped) - f.encoded_bytes for f in chosen if f.encode is not None
+        ]
+        freed.append(sum(codes))
+    if not units.clashes:
+        assert freed == sorted(freed)
+
+
+def test_without_codecs_nothing_is_encoded() -> None:
+    assert not len(encoded(build_units(ladder(6))))

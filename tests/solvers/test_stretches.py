@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from solvers import Limits, Problem, simulate
+from solvers import Limits, Problem, simulate, working_set
 from solvers.evaluate import keep_everything, profiles
 from solvers.greedy import improve
 from solvers.ilp import tighten
@@ -17,7 +18,7 @@ from solvers.rounds import Rounds
 from solvers.search import Search
 from solvers.stretches import OVERLAP, STRETCHES, free_stretches, stretches
 from solvers.units import Units, build_units
-from tests.solvers.problems import random_problem
+from tests.solvers.problems import noisy_problem, random_problem
 
 STORED = Path(__file__).parents[2] / "bench" / "problems"
 
@@ -83,3 +84,16 @@ def test_a_model_that_is_kept_forgets_what_was_fixed() -> None:
     assert LinearProgram(rounds.model()).solve(30)[1] == pytest.approx(bound)
     rounds.rows.add(max(rounds.rows) - 1)
     assert rounds.model() is not model
+
+
+@pytest.mark.parametrize("seed", [7074, 7188])
+def test_two_stretches_at_once_keep_the_noise(seed: int) -> None:
+    """Each has the noise that is left: what both chose together may be too much, and was offered as it stood."""
+    problem = replace(noisy_problem(seed, 14), noise_limit_ppb=30)
+    problem = problem.with_budget(int(1.3 * working_set(problem).peak_bytes))
+    units, search = build_units(problem), Search(problem, Limits(seconds=20), "ilp")
+    improve(search, units, keep_everything(units), tries=0)
+    search.bound_ns = 0
+    free_stretches(search, Rounds.after(None, units, search))
+    assert search.schedule is not None
+    assert simulate(problem, search.schedule).noise_ppb <= 30

@@ -1,0 +1,143 @@
+"""Backward ops run from codes of what they read: decoded, and what was saved beside it made anew where it must fit."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import fx
+
+from graphplan.graph import Graph, GraphOp
+from graphplan.instructions import Argument, Emitter, Encoded, Instruction, results_of
+
+aten = torch.ops.aten
+MOST_TOGETHER = 4  # activations of one op whose codes it reads in any combination: an attention's q, k, v and result
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """An activation and its code; `decode(out, name)` emits what makes it again."""
+
+    node: fx.Node
+    storage: int
+    code: Encoded
+    decode: Callable[[Emitter, str], fx.Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A forward op and, by the backward op's arguments, what it reads and which of its results stand where.
+
+    Exp of a decoded score over the sum of the true ones is no probability: it grows with the error, without bound.
+    """
+
+    forward: torch._ops.OpOverload
+    reads: tuple[int, ...]
+    options: tuple[int, ...]
+    keywords: tuple[str, ...]
+    results: tuple[int, ...]  # arguments that are the forward's results, in order
+    decisive: tuple[int, ...]  # decoded arguments that make it necessary
+
+
+AGAIN: dict[torch._ops.OpOverload, Again] = {
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Again(
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        (1, 2, 3), (6, 7), ("attn_mask", "scale"), (4, 5), (1, 2),
+    ),
+}  # fmt: skip
+
+
+def sums_scores(target: object) -> bool:
+    """Return whether a backward op reads the sum of exponentials that its forward saved."""
+    return isinstance(target, torch._ops.OpOverload) and any(a.name == "logsumexp" for a in target._schema.arguments)
+
+
+def subsets(coded: list[Coded]) -> Iterator[tuple[Coded, ...]]:
+    """Yield each alone, and where there are not too many all that may be encoded together."""
+    most = len(coded) if len(coded) <= MOST_TOGETHER else 1
+    for count in range(1, most + 1):
+        yield from combinations(coded, count)
+
+
+def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str) -> Instruction:
+    """Return the instruction that decodes, runs the backward `op` and lets go."""
+    again = _again(graph, op, some)
+    gone, codes = {c.storage for c in some} | _made_anew(graph, op, again), tuple(c.code.id for c in some)
+    reads = (*(s for s in op.reads if s not in gone and not graph.storages[s].kind.fixed), *codes)
+
+    def emit(out: Emitter) -> None:
+        load = _Loads(graph, some, suffix, out)
+        args = tuple(load.arguments(op.node.args, again, op.node.kwargs))
+        value = out.call(op.node.target, args, op.name, fx.map_arg(op.node.kwargs, load))  # type: ignore[arg-type]
+        for result in results_of(graph, op.node, op.writes):
+            item = value if result is op.node else out.call(operator.getitem, (value, result.args[1]), result.name)
+            out.store(result, item)
+        # A plan's values live through the whole instruction: read once more, or the peak is below the prediction.
+        for c in some:
+            out.call(aten.detach.default, (out.load_encoded(c.code.id),), f"{c.code.name}__held")
+
+    def beyond(out: Emitter) -> None:
+        load = _Loads(graph, some, suffix, out)
+        if again is not None:
+            load.forward(op.node.args, again, op.node.kwargs)
+        for c in some:
+            out.store(c.node, load(c.node))
+
+    return Instruction(f"{op.name}__{suffix}", "variant", op.id, reads, op.writes, True, emit, beyond=beyond)
+
+
+def _again(graph: Graph, op: GraphOp, some: tuple[Coded, ...]) -> Again | None:
+    again = AGAIN.get(op.node.target)  # type: ignore[call-overload]
+    if again is None:
+        return None
+    decisive = _storages(graph, (op.node.args[i] for i in again.decisive))
+    return again if any(c.storage in decisive for c in some) else None
+
+
+def _storages(graph: Graph, arguments: Iterable[Argument]) -> set[int]:
+    return {s for a in arguments if isinstance(a, fx.Node) for s in graph.storages_of[a.name]}
+
+
+def _made_anew(graph: Graph, op: GraphOp, again: Again | None) -> set[int]:
+    """Return the storages that the op no longer reads, because the forward's results are made again."""
+    if again is None:
+        return set()
+    others = [a for i, a in enumerate(op.node.args) if i not in again.results]
+    results = _storages(graph, (op.node.args[i] for i in again.results))
+    return results - _storages(graph, [*others, *op.node.kwargs.values()])
+
+
+class _Loads:
+    """Loads the present copies of nodes: decoded ones, and views of them taken again, where a code stands for them."""
+
+    def __init__(self, graph: Graph, some: tuple[Coded, ...], suffix: str, out: Emitter) -> None:
+        self.graph, self.suffix, self.out = graph, suffix, out
+        self.of = {c.node: c for c in some}
+        self.storages = {c.storage for c in some}
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def __call__(self, a: fx.Node) -> fx.Node:
+        if self.storages.isdisjoint(self.graph.storages_of[a.name]):
+            return self.out.load(a)
+        if a not in self.copies:
+            name = f"{a.name}__{self.suffix}"
+            if a in self.of:
+                self.copies[a] = self.of[a].decode(self.out, name)
+            else:
+                self.copies[a] = self.out.call(a.target, fx.map_arg(a.args, self), name, fx.map_arg(a.kwargs, self))  # type: ignore[arg-type]
+        return self.copies[a]
+
+    def arguments(self, args: tuple[Argument, ...], again: Again | None, kwargs: dict[str, Argument]) -> list[Argument]:
+        made = {} if again is None else dict(zip(again.results, self.forward(args, again, kwargs), strict=True))
+        return [made[i] if i in made else fx.map_arg(a, self) for i, a in enumerate(args)]
+
+    def forward(self, args: tuple[Argument, ...], again: Again, kwargs: dict[str, Argument]) -> list[fx.Node]:
+        """Run the forward from what was decoded; return its results."""
+        given = tuple(fx.map_arg(args[i], self) for i in (*again.reads, *again.options) if i < len(args))
+        words = {k: fx.map_arg(kwargs[k], self) for k in again.keywords if k in kwargs}
+        name = f"{again.forward.overloadpacket.__name__}__{self.suffix}"
+        results = self.out.call(again.forward, given, name, words)
+        return [self.out.call(operator.getitem, (results, i), f"{name}_{i}") for i in range(len(again.results))]
