@@ -65,7 +65,7 @@ def subsets(coded: list[Coded]) -> Iterator[tuple[Coded, ...]]:
 def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str) -> Instruction:
     """Return the instruction that decodes, runs the backward `op` and lets go."""
     again = _again(graph, op, some)
-    gone, codes = {c.storage for c in some} | _made_anew(graph, op, again), tuple(c.code.id for c in some)
+    gone, codes = {c.storage for c in some}, tuple(c.code.id for c in some)
     reads = (*(s for s in op.reads if s not in gone and not graph.storages[s].kind.fixed), *codes)
 
     def emit(out: Emitter) -> None:
@@ -78,6 +78,9 @@ def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str) 
         # A plan's values live through the whole instruction: read once more, or the peak is below the prediction.
         for c in some:
             out.call(aten.detach.default, (out.load_encoded(c.code.id),), f"{c.code.name}__held")
+        for a in () if again is None else (op.node.args[i] for i in again.results):
+            if isinstance(a, fx.Node) and gone.isdisjoint(graph.storages_of[a.name]):
+                out.call(aten.detach.default, (out.load(a),), f"{a.name}__held")
 
     def beyond(out: Emitter) -> None:
         load = _Loads(graph, some, suffix, out)
@@ -99,15 +102,6 @@ def _again(graph: Graph, op: GraphOp, some: tuple[Coded, ...]) -> Again | None:
 
 def _storages(graph: Graph, arguments: Iterable[Argument]) -> set[int]:
     return {s for a in arguments if isinstance(a, fx.Node) for s in graph.storages_of[a.name]}
-
-
-def _made_anew(graph: Graph, op: GraphOp, again: Again | None) -> set[int]:
-    """Return the storages that the op no longer reads, because the forward's results are made again."""
-    if again is None:
-        return set()
-    others = [a for i, a in enumerate(op.node.args) if i not in again.results]
-    results = _storages(graph, (op.node.args[i] for i in again.results))
-    return results - _storages(graph, [*others, *op.node.kwargs.values()])
 
 
 class _Loads:
