@@ -28,7 +28,8 @@ from bench.ground import (
 from bench.page import write_between
 from bench.processes import rows_of, run_again, save_row
 
-BUDGETS = (0.0, 0.25, 0.5, 0.75)
+BUDGETS = (0.0, 0.1, 0.25, 0.5, 0.75)
+STEPS = BUDGETS[:-1]  # whose steps are run
 KINDS = ("hybrid", "recompute", "compress")
 STEPS_SECONDS, MOST_PAIRS = 40.0, 41
 SUMS = ("int8", "int4", "int2")
@@ -92,7 +93,7 @@ def steps(here: Ground, schedules: dict[Any, Any], pairs: int) -> list[dict[str,
         return run
 
     rows = []
-    for part in BUDGETS:
+    for part in STEPS:
         found = {k: schedules[part, k] for k in KINDS if (part, k) in schedules}
         kinds = [k for k in found if k == "hybrid" or found[k] != found.get("hybrid")]
         modules = [
@@ -223,9 +224,14 @@ def _predicted_table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         p = r["predicted"]
         cells = [r["name"], *(f"{p['least'][k] / 1e6:.1f}" for k in ("recompute", "compress", "hybrid"))]
-        cells += [" / ".join("none" if b[k] is None else f"{b[k]:+.1%}" for k in KINDS) for b in p["budgets"]]
+        at = {b["part"]: b for b in p["budgets"]}
+        cells += [" / ".join(_overhead(at[b][k]) for k in KINDS) if b in at else "" for b in BUDGETS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _overhead(found: float | None) -> str:
+    return "none" if found is None else f"{found:+.1%}"
 
 
 def _held_table(rows: list[dict[str, Any]]) -> str:

@@ -50,7 +50,9 @@ def profile(
     So is an op that refuses to run on made-up values; `measured` is then False.
     """
     probes = [_probe(graph, instructions, item) for item in instructions.items]
-    extra = {i: _beyond(graph, instructions, item) for i, item in enumerate(instructions.items) if item.beyond}
+    joint = instructions.joint()  # `lower` adds up what these cost
+    alone = ((i, item) for i, item in enumerate(instructions.items) if item.beyond and i not in joint)
+    extra = {i: _beyond(graph, instructions, item) for i, item in alone}
     every = (*(p for p in probes if p is not None), *extra.values())
     missing = {p.key: p for p in every if p.key not in device.samples}
     if run and missing:

@@ -87,6 +87,25 @@ def test_gradients_are_those_of_the_decoded_queries(causal: bool, result: bool) 
     assert not torch.allclose(grads["qkv.0.bias"], exact, rtol=1e-2)
 
 
+def test_a_mask_of_scores_has_no_code() -> None:
+    """Four codes of q, k, v and result go together in fifteen ways, and the mask, added to scores, is read as it is."""
+
+    class Masked(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p.view(B, T, HEADS, C // HEADS).transpose(1, 2) for p in self.parts(x))
+            near = torch.where((torch.arange(T)[:, None] >= torch.arange(T))[None, None], x.new_zeros(()), -1e4)
+            bias = near + 0 * x[:, None, :, :T]  # made in the forward, one for each sample
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+    captured, instructions = offered(Masked(joined=False), words())
+    found = from_codes_of_attention(instructions, "int4")
+    assert len(found) == 15
+    attention = next(op for op in captured.graph.ops if op.backward and "attention" in op.name)
+    (mask,) = captured.graph.storages_of[attention.node.kwargs["attn_mask"].name]
+    assert all(mask in item.reads for item in found)
+
+
 def test_other_attentions_have_no_codes_of_scores() -> None:
     """A backward that reads the sum of its forward's scores needs that forward again, by a line of AGAIN."""
     ours = aten._scaled_dot_product_flash_attention_for_cpu_backward.default

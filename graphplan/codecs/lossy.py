@@ -151,13 +151,16 @@ def codable(node: fx.Node, bits: int) -> bool:
 
 
 def _can_do(graph: Graph, op: GraphOp, node: fx.Node, storage: int) -> bool:
-    """Return whether `op` reads values of the activation, by views of it, and decides nothing by them."""
+    """Return whether `op` reads values of the activation, by views of it, as operands, and decides nothing by them."""
     target = op.node.target
     if not op.repeatable or target in DECIDES or (target not in AGAIN and sums_scores(target)):
         return False
     results = op.node.meta["val"]
     results = results if isinstance(results, tuple | list) else (results,)
     if any(isinstance(r, torch.Tensor) and not r.dtype.is_floating_point for r in results):
+        return False
+    # An attention's mask, of zeros and infinities.
+    if any(isinstance(a, fx.Node) and storage in graph.storages_of[a.name] for a in op.node.kwargs.values()):
         return False
     return all(
         _is_view(graph, a, node, storage) for a in op.node.all_input_nodes if storage in graph.storages_of[a.name]
