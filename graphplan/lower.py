@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from graphplan.graph import Graph, StorageKind
@@ -57,9 +56,7 @@ def lower(
             noise_ppb=sum(noisy.get(s, 0) for s in item.writes),
         )
 
-    ops = [to_op(i, item) for i, item in enumerate(instructions.items)]
-    for i, parts in instructions.joint().items():
-        ops[i] = _together(ops, ops[i], [ops[o] for o in parts])
+    ops = _summed(instructions, [to_op(i, item) for i, item in enumerate(instructions.items)])
     turn, end = instructions.turn, instructions.program[-1]
     tangents = sum(sizes[s] for s in instructions.items[turn].writes)
     ops[turn] = _with_workspace(ops[turn], max(0, outside_bytes - tangents))
@@ -172,11 +169,14 @@ def _cost(profile: Profile, i: int, alternative_to: int | None) -> int:
     return cost if alternative_to is None else max(cost, profile.cost_ns[alternative_to])
 
 
-def _together(ops: Sequence[Op], op: Op, parts: Sequence[Op]) -> Op:
-    """Return `op` priced as what each of its parts adds to the op in whose place they run: solvers count so."""
-    assert op.instead_of is not None
-    cost = sum(p.cost_ns for p in parts) - (len(parts) - 1) * ops[op.instead_of].cost_ns
-    return replace(op, cost_ns=cost)
+def _summed(instructions: Instructions, ops: list[Op]) -> list[Op]:
+    """Return the ops, joint ones priced as what each of their parts adds to the op in whose place they run."""
+    for i, parts in instructions.joint().items():
+        own = ops[i].instead_of
+        assert own is not None
+        more = sum(ops[o].cost_ns - ops[own].cost_ns for o in parts)
+        ops[i] = replace(ops[i], cost_ns=ops[own].cost_ns + more)
+    return ops
 
 
 def _with_workspace(op: Op, workspace_bytes: int) -> Op:
