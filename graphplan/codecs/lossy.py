@@ -88,7 +88,8 @@ class Lossy:
             for op in wanting:
                 coded.setdefault(op.id, []).append(self._from(node, storage, code))
         for op in graph.ops:
-            made.extend(from_codes(graph, op, some, f"from_{self.name}") for some in subsets(coded.get(op.id, [])))
+            sets = subsets(coded.get(op.id, []))
+            made.extend(from_codes(graph, op, some, f"from_{self.name}", self.bits) for some in sets)
         return encoded, made
 
     def warm_up(self, graph: Graph) -> None:
