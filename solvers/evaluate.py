@@ -78,10 +78,12 @@ def to_schedule(units: Units, fates: Fates) -> Schedule:
             after.setdefault(fate.encode_at, []).append(fate.encode)
         for q, alternative in fate.instead:
             wanted.setdefault(q, set()).add(alternative)
-    instead = {q: units.joint.get(frozenset(several), min(several)) for q, several in wanted.items()}
+    instead: dict[int, int] = {}
     for q, several in wanted.items():
-        if len(several) > 1 and frozenset(several) not in units.joint:
+        found = units.joint.get(frozenset(several)) if len(several) > 1 else min(several)
+        if found is None:
             raise ValueError(f"op {q} {problem.ops[q].name!r} has two alternatives chosen")
+        instead[q] = found
     schedule: list[int] = []
     for t, q in enumerate(problem.program):
         schedule.extend(o for _, o in sorted(before.get(t, []), key=lambda pair: pair[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -32,8 +32,8 @@ class Coded:
 class Again:
     """A forward op and, by the backward op's arguments, what it reads and which of its results stand where.
 
-    Exp of a decoded score over the sum of the true ones is no probability: it grows with the error, without bound. Of
-    codes of FINE bits and more the error is a hundredth of a score at most, and what was saved is read.
+    Exp of a decoded score over the sum of the true ones is no probability: it grows with the error, without bound. With
+    FINE bits or more it grows little (measured in DECISIONS 72), and what was saved is read.
     """
 
     forward: torch._ops.OpOverload
@@ -44,7 +44,7 @@ class Again:
     decisive: tuple[int, ...]  # decoded arguments that make it necessary
 
 
-AGAIN: dict[torch._ops.OpOverload, Again] = {
+AGAIN: dict[object, Again] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Again(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         (1, 2, 3), (6, 7), ("attn_mask", "scale"), (4, 5), (1, 2),
@@ -72,8 +72,7 @@ def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str, 
 
     def emit(out: Emitter) -> None:
         load = _Loads(graph, some, suffix, out)
-        args = tuple(load.arguments(op.node.args, again, op.node.kwargs))
-        value = out.call(op.node.target, args, op.name, fx.map_arg(op.node.kwargs, load))  # type: ignore[arg-type]
+        value = load.run(op.node, op.name, {} if again is None else load.results(op.node, again))
         for result in results_of(graph, op.node, op.writes):
             item = value if result is op.node else out.call(operator.getitem, (value, result.args[1]), result.name)
             out.store(result, item)
@@ -87,7 +86,7 @@ def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str, 
     def beyond(out: Emitter) -> None:
         load = _Loads(graph, some, suffix, out)
         if again is not None:
-            load.forward(op.node.args, again, op.node.kwargs)
+            load.results(op.node, again)
         for c in some:
             out.store(c.node, load(c.node))
 
@@ -95,7 +94,7 @@ def from_codes(graph: Graph, op: GraphOp, some: tuple[Coded, ...], suffix: str, 
 
 
 def _again(graph: Graph, op: GraphOp, some: tuple[Coded, ...]) -> Again | None:
-    again = AGAIN.get(op.node.target)  # type: ignore[call-overload]
+    again = AGAIN.get(op.node.target)
     if again is None:
         return None
     decisive = _storages(graph, (op.node.args[i] for i in again.decisive))
@@ -119,21 +118,20 @@ class _Loads:
         if self.storages.isdisjoint(self.graph.storages_of[a.name]):
             return self.out.load(a)
         if a not in self.copies:
-            name = f"{a.name}__{self.suffix}"
-            if a in self.of:
-                self.copies[a] = self.of[a].decode(self.out, name)
-            else:
-                self.copies[a] = self.out.call(a.target, fx.map_arg(a.args, self), name, fx.map_arg(a.kwargs, self))  # type: ignore[arg-type]
+            name, code = f"{a.name}__{self.suffix}", self.of.get(a)
+            self.copies[a] = self.run(a, name, {}) if code is None else code.decode(self.out, name)
         return self.copies[a]
 
-    def arguments(self, args: tuple[Argument, ...], again: Again | None, kwargs: dict[str, Argument]) -> list[Argument]:
-        made = {} if again is None else dict(zip(again.results, self.forward(args, again, kwargs), strict=True))
-        return [made[i] if i in made else fx.map_arg(a, self) for i, a in enumerate(args)]
+    def run(self, node: fx.Node, name: str, made: Mapping[int, fx.Node]) -> fx.Node:
+        """Run a captured node on present copies, and on what was `made` for some of its arguments."""
+        assert not isinstance(node.target, str)
+        args = tuple(made[i] if i in made else fx.map_arg(a, self) for i, a in enumerate(node.args))
+        return self.out.call(node.target, args, name, {k: fx.map_arg(a, self) for k, a in node.kwargs.items()})
 
-    def forward(self, args: tuple[Argument, ...], again: Again, kwargs: dict[str, Argument]) -> list[fx.Node]:
-        """Run the forward from what was decoded; return its results."""
-        given = tuple(fx.map_arg(args[i], self) for i in (*again.reads, *again.options) if i < len(args))
-        words = {k: fx.map_arg(kwargs[k], self) for k in again.keywords if k in kwargs}
+    def results(self, node: fx.Node, again: Again) -> dict[int, fx.Node]:
+        """Run the forward from what was decoded; return its results by the arguments of its backward `node`."""
+        given = tuple(fx.map_arg(node.args[i], self) for i in (*again.reads, *again.options))
+        words = {k: fx.map_arg(node.kwargs[k], self) for k in again.keywords if k in node.kwargs}
         name = f"{again.forward.overloadpacket.__name__}__{self.suffix}"
-        results = self.out.call(again.forward, given, name, words)
-        return [self.out.call(operator.getitem, (results, i), f"{name}_{i}") for i in range(len(again.results))]
+        found = self.out.call(again.forward, given, name, words)
+        return {a: self.out.call(operator.getitem, (found, i), f"{name}_{i}") for i, a in enumerate(again.results)}
