@@ -57,6 +57,7 @@ bench: $(READY)  ## measure everything (hours), and rewrite the figures of READM
 	$(BIN)/python -m bench.step --time --apart --write docs/step.md
 	$(BIN)/python -m bench.step --time --write docs/step.md
 	$(BIN)/python -m bench.step --time --kept --write docs/step.md
+	$(BIN)/python -m bench.rounding --write docs/step.md
 	$(BIN)/python -m bench.caps --write docs/federated.md
 	$(BIN)/python -m bench.fleet_plans --write docs/federated.md
 	$(BIN)/python -m bench.federated

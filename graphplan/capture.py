@@ -30,13 +30,15 @@ from graphplan.watch import TraceAgain, Watch
 class Capture:
     """A Graph and the structures around it: what goes in and what comes out of one call of the model.
 
-    `roomy`: another form of the same step computes the same bits in less memory, and slower.
+    `roomy`: another form of the same step computes the same bits in less memory, and slower. `bare`: of a whole step,
+    the same up to its gradients, where the noise of lossy codes is measured.
     """
 
     graph: Graph
     inputs: Template
     outputs: Template
     roomy: bool = False
+    bare: Capture | None = None
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Template, list[Tensor]]:

@@ -15,12 +15,23 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 import solvers
+from graphplan.bare import noise_of_plans
 from graphplan.capture import Capture
 from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget, NoParts
 from graphplan.lift import Prepared, lift, minimum_reason, schedule_of
-from graphplan.noise import Noise
-from graphplan.optimize import Options, Source, check_noise, device_of, find_least, make_plan, prepare
+from graphplan.noise import BIAS_LIMIT, Noise
+from graphplan.optimize import (
+    TIGHTENINGS,
+    Options,
+    Source,
+    check_noise,
+    device_of,
+    find_least,
+    make_plan,
+    prepare,
+    with_noise,
+)
 from graphplan.plan import Plan
 from graphplan.replay import Batch
 from solvers import Limits, Problem, Schedule, Solution
@@ -96,7 +107,10 @@ def prepare_candidates(
     `noise` is what is known of lossy codes.
     """
     run = options.device is None
-    prepared = [prepare(c, options, device, run=run, batch=source.batch, known=noise) for c in captured]
+    prepared: list[Prepared] = []
+    for c in captured:
+        prepared.append(prepare(c, options, device, run=run, batch=source.batch, known=noise))
+        noise = noise or prepared[-1].noise
     first = prepared[0] if like is None else like.prepared
     same = [
         replace(
@@ -215,8 +229,11 @@ def first_that_fits(candidates: Candidates, options: Options) -> Candidate:
     return next(fit, None) or _smallest(candidates, options)
 
 
-def frontier(candidates: Candidates, options: Options, points: int) -> tuple[Plan, ...]:
-    """Return up to `points` plans from the least feasible peak to the unplanned one, each cheaper than those before."""
+def frontier(candidates: Candidates, options: Options, points: int, batch: Batch | None = None) -> tuple[Plan, ...]:
+    """Return up to `points` plans from the least feasible peak to the unplanned one, each cheaper than those before.
+
+    The noise of lossy codes is checked on `batch`.
+    """
     share = _share(candidates, options)
     minimum = _smallest(candidates, options).least_bytes(share)
     each = replace(options, time_limit=options.time_limit / len(candidates))
@@ -225,7 +242,7 @@ def frontier(candidates: Candidates, options: Options, points: int) -> tuple[Pla
     budgets = sorted({minimum + (top - minimum) * i // steps for i in range(max(1, points))} | {top})
     best: dict[int, Plan] = {}
     for c in candidates:
-        for budget, plan in _plans(c, budgets, each, minimum):
+        for budget, plan in _plans(c, budgets, each, minimum, batch):
             if budget not in best or plan.cost_ns < best[budget].cost_ns:
                 best[budget] = plan
     plans: list[Plan] = []
@@ -243,7 +260,42 @@ def least_peaks(candidates: Candidates, options: Options) -> tuple[int, ...]:
     return tuple(c.least_bytes(share) for c in _sought(candidates))
 
 
-def _plans(candidate: Candidate, budgets: list[int], options: Options, minimum: int) -> list[tuple[int, Plan]]:
+def _plans(
+    candidate: Candidate, budgets: list[int], options: Options, minimum: int, batch: Batch | None
+) -> list[tuple[int, Plan]]:
+    """Return the plan for each budget that one fits, planned again with larger estimates while one breaks the cap."""
+    prepared = candidate.prepared
+    for tries in range(TIGHTENINGS + 2):  # the last time without lossy codes
+        plans = _solved(replace(candidate, prepared=prepared), budgets, options, minimum)
+        if batch is None or prepared.noise is None or not any(p.noise for _, p in plans):
+            break
+        plans, factor = _with_noise_measured(candidate.captured, prepared, plans, batch, options)
+        if factor == 1:
+            break
+        prepared = with_noise(prepared, prepared.noise.times(factor if tries < TIGHTENINGS else math.inf))
+    return plans
+
+
+def _with_noise_measured(
+    captured: Capture, prepared: Prepared, plans: list[tuple[int, Plan]], batch: Batch, options: Options
+) -> tuple[list[tuple[int, Plan]], float]:
+    """Return the plans with what their codes add, and by how much larger estimates are to be: 1 where the cap holds."""
+    rounding = [p for _, p in plans if p.noise]
+    options.report("noise of the plans", 0, 1)
+    joint = iter(noise_of_plans(captured, prepared, rounding, batch, options.weights))
+    options.report("noise of the plans", 1, 1)
+    found, factor = [], 1.0
+    for budget, plan in plans:
+        if plan.noise:
+            own = next(joint)
+            if own.noise > plan.gradient_noise or own.bias > BIAS_LIMIT:
+                factor = max(factor, 2.0, own.noise / plan.noise)
+            plan = replace(plan, noise_measured=own.noise, noise_bias=own.bias)
+        found.append((budget, plan))
+    return found, factor
+
+
+def _solved(candidate: Candidate, budgets: list[int], options: Options, minimum: int) -> list[tuple[int, Plan]]:
     problem = candidate.prepared.problem
     schedule = None if candidate.captured.roomy else candidate.least(options).schedule
     limits = solvers.Limits(seconds=options.time_limit, known=() if schedule is None else (schedule,))

@@ -185,13 +185,21 @@ def measure_noise(captured: Capture, rewritten: Rewritten, batch: Batch, weights
 
     Parameters, buffers, gradients and random streams are left as they are.
     """
+    return next(measure_each(captured, (rewritten,), batch, weights))
+
+
+def measure_each(
+    captured: Capture, programs: Iterable[Rewritten], batch: Batch, weights: str = "sgd"
+) -> Iterator[JointNoise]:
+    """Yield `measure_noise` of each program; the exact backward is run once for all."""
     scale = _weights_of(captured, gradient_variance(captured, batch), weights)
     exact = Tape(captured, batch, keep=False)
-    made = []
-    for key in KEYS:
-        noisy = _run_step(captured, rewritten, batch, key)
-        made.append({n: noisy[n] - exact.gradient(n) for n in exact.gradients})
-    return JointNoise(statistics.mean(_inner(d, d, scale) for d in made), _lean(made, scale))
+    for rewritten in programs:
+        made = []
+        for key in KEYS:
+            noisy = _run_step(captured, rewritten, batch, key)
+            made.append({n: noisy[n] - exact.gradient(n) for n in exact.gradients})
+        yield JointNoise(statistics.mean(_inner(d, d, scale) for d in made), _lean(made, scale))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import solvers
+from graphplan.bare import noise_of_codes, noise_of_plans
 from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import Lossy, choose_codecs
 from graphplan.device import Device
@@ -21,13 +22,12 @@ from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
 from graphplan.lower import computing_once, lower, noise_ppb, outputs_bytes, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
-from graphplan.noise import BIAS_LIMIT, Noise, estimate, measure_noise
+from graphplan.noise import BIAS_LIMIT, Noise
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
 from graphplan.release import can_release
 from graphplan.replay import Batch
-from graphplan.rewrite import rewrite
 from graphplan.units import check_budget, parse_budget
 from graphplan.unplanned import unplanned_peak
 from solvers import Limits, Problem, Schedule, Solution, simulate
@@ -54,6 +54,7 @@ class Options:
     noise: Noise | None = None
     report: Report = quiet
     whole_step: bool = False  # the loss and the update are in the graph: the caller does nothing between
+    weights: str = "sgd"  # how noise is weighed where it is estimated; see `graphplan.noise`
     released: frozenset[str] = frozenset()  # what a plan made elsewhere says of its loss, where there is no loss_fn
 
     @property
@@ -193,11 +194,13 @@ def noise_of(
 ) -> Noise | None:
     """Return the noise of the lossy codes that are offered, None when there are none or nothing is known."""
     activations = {captured.graph.storages[e.of].name for e in instructions.encoded if e.lossy}
+    if options.whole_step and captured.bare is None:
+        return None
     if options.noise is not None or batch is None or not activations:
         return options.noise
-    if known is not None and known.rho.keys() == activations:
+    if known is not None and known.rho.keys() >= activations:
         return known
-    return estimate(captured, instructions, batch, report=options.report)
+    return noise_of_codes(captured, instructions, options.codecs, batch, options.weights, options.report)
 
 
 def find_least(prepared: Prepared, options: Options) -> Solution:
@@ -317,8 +320,7 @@ def check_noise(
         if plan.noise == 0 or prepared.noise is None or batch is None:
             break
         options.report("noise of the plan", 0, 1)
-        rewritten = rewrite(captured.graph, prepared.instructions, plan.steps)
-        joint = measure_noise(captured, rewritten, batch, prepared.noise.weights)
+        (joint,) = noise_of_plans(captured, prepared, (plan,), batch, options.weights)
         options.report("noise of the plan", 1, 1)
         if joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT:
             return prepared, replace(plan, noise_measured=joint.noise, noise_bias=joint.bias)

@@ -49,4 +49,4 @@ def pareto(
         step = TrainStep(model, loss_fn, optimizer, options)
         options = step.options
         source = step.source(dict(example_kwargs) if example_kwargs else example_inputs, example_targets)
-    return frontier(candidates_of(model, source, options), options, points)
+    return frontier(candidates_of(model, source, options), options, points, source.batch)

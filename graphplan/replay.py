@@ -139,13 +139,14 @@ def gradient_nodes(graph: Graph) -> dict[str, fx.Node]:
 
 
 def execute(node: fx.Node, graph: Graph, load: Callable[[fx.Node], Any]) -> Any:
-    """Return the value of one node; what works in place works beside."""
+    """Return the value of one node; what writes over its first operand writes over a copy."""
     if node.op == "get_attr":
         return getattr(graph.module, str(node.target))
     target: Any = node.target
+    args: list[Any] = [fx.map_arg(a, load) for a in node.args]
     if "graphplan_in_place" in node.meta:
-        target = torch.ops.aten.add.Tensor
-    return target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))
+        args[0] = args[0].clone()
+    return target(*args, **fx.map_arg(node.kwargs, load))
 
 
 def changed_gradients(tape: Tape, encode: Instruction, readers: Sequence[Instruction], key: int) -> dict[str, Tensor]:

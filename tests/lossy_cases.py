@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -68,11 +69,13 @@ def offered(model: nn.Module, x: Tensor, codecs: Any = "lossy") -> tuple[Capture
     return captured, instructions_of(captured.graph, choose_codecs(codecs))
 
 
-def all_encoded(captured: Capture, instructions: Instructions, codec: str, only: str | None = None) -> list[str]:
-    """The program with every activation (or only the one so named) that `codec` offers encoded by it."""
+def all_encoded(
+    captured: Capture, instructions: Instructions, codec: str, only: Container[str] | None = None
+) -> list[str]:
+    """The program with every activation (or only those so named) that `codec` offers encoded by it."""
     codes = {e.id for e in instructions.encoded if e.codec == codec}
     if only is not None:
-        codes = {e for e in codes if captured.graph.storages[_of(instructions, e)].name == only}
+        codes = {e for e in codes if captured.graph.storages[_of(instructions, e)].name in only}
     encodes = [i for i in instructions.items if i.kind == "encode" and codes & set(i.writes)]
     taken: dict[int, str] = {}
     for item in sorted(instructions.items, key=lambda item: len(codes & set(item.reads))):  # from all that it can

@@ -82,7 +82,7 @@ def test_the_mask_of_a_relu_is_exact() -> None:
     captured, instructions = offered(model, x)
     program = [instructions.items[p].name for p in instructions.program]
     _, plain = gradients(captured, instructions, program, model, x)
-    steps = all_encoded(captured, instructions, "int2", only="relu_1")
+    steps = all_encoded(captured, instructions, "int2", only={"relu_1"})
     assert any("from_int2_mask" in s for s in steps)
     _, noisy = gradients(captured, instructions, steps, model, x)
     wrong = {n for n, g in plain.items() if not torch.equal(g, noisy[n])}
@@ -115,7 +115,7 @@ def test_noise_of_a_linear_layer_is_the_closed_form() -> None:
     assert sum(found) / len(found) == pytest.approx(expected, rel=0.05)
     noise = estimate(captured, instructions, batch)
     rho = noise.rho["tanh"]["int4"] * sum(gradient_variance(captured, batch).values())
-    steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, "int4", only="tanh"))
+    steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, "int4", only={"tanh"}))
     joint = measure_noise(captured, steps, batch).noise * noise.gradient_variance
     assert rho == pytest.approx(joint, rel=0.35)
     assert rho > 0.9 * expected
@@ -186,7 +186,7 @@ def test_coarse_codes_before_a_normalisation_are_replayed() -> None:
     error = {e.codec: e.loss.mean_square_error(model[0](x).detach()) for e in instructions.encoded if e.loss}
     assert rho["int2"] / rho["int4"] > 3 * error["int2"] / error["int4"]
     for codec in ("int4", "int2"):
-        steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, codec, only="mm"))
+        steps = rewrite(captured.graph, instructions, all_encoded(captured, instructions, codec, only={"mm"}))
         measured = measure_noise(captured, steps, batch)
         assert rho[codec] == pytest.approx(measured.noise, rel=0.3), codec
     assert error["int8"] < error["int4"]

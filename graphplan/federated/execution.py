@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -193,7 +193,7 @@ def measure_ops(
         prepare(capture(model, task.example[:1]), options, device)
         return
     step = TrainStep(model, task_loss, torch.optim.SGD(model.parameters(), lr=1.0), options)
-    source = step.source(*task.example)
+    source = replace(step.source(*task.example), batch=None)
     captured = source.captures() if forms else source.to_the_bit()
     candidates = prepare_candidates(captured, step.options, device, source)
     if forms:
@@ -288,14 +288,14 @@ class _Run:
     def step(self, program: nn.Module | WholeStep, batch: tuple[Tensor, Tensor]) -> None:
         """One step of gradient descent; the proximal pull is added to the gradients, in place."""
         start = time.perf_counter_ns()
+        if isinstance(program, PlannedModule | TrainStep):
+            program.step_number = len(self.losses)  # of this client's round, whatever this process ran before
         loss = program(*batch) if isinstance(program, WholeStep) else self.plain_step(program, *batch)
         self.losses.append(loss.item())
         self.times.append(time.perf_counter_ns() - start)
 
     def plain_step(self, program: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Forward, loss and backward, then the update."""
-        if isinstance(program, PlannedModule):
-            program.step_number = len(self.losses)  # of this client's round, whatever this process ran before
         loss = task_loss(program(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         for p, anchor in zip(self.trainer.model.parameters(), self.anchors, strict=False):

@@ -142,7 +142,7 @@ class Planner:
         if not execution.recompute:
             once = replace(prepared, problem=computing_once(prepared.problem))
             candidates = (replace(candidates[0], prepared=once),)
-        return Frontier(frontier(candidates, options, min(MOST_POINTS, self.config.points)))
+        return Frontier(frontier(candidates, options, min(MOST_POINTS, self.config.points), source.batch))
 
 
 def _measured(candidates: Candidates) -> Candidates:

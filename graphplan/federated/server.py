@@ -90,8 +90,8 @@ def _check_whole(method: Method, config: RunConfig) -> None:
     execution = method.execution
     if config.program and not execution.planned:
         raise FederatedError(f"method {method.name} runs plain PyTorch, which needs the model's source: no programs")
-    if execution.whole and not all(c.exact for c in choose_codecs(execution.codecs)):
-        raise FederatedError(f"method {method.name} rounds activations; whole steps take exact codecs only")
+    if config.program and not all(c.exact for c in choose_codecs(execution.codecs)):
+        raise FederatedError(f"method {method.name} rounds activations; programs take exact codecs only")
 
 
 def _unplanned(config: RunConfig, devices: dict[str, Device]) -> int:

@@ -43,6 +43,7 @@ class Extension:
     exact: bool = True  # only rewrites that keep every bit
     two_pass: bool = False  # of the backward, where a norm clips
     sliced: bool = True  # large ops work in slices
+    updates: bool = True  # else the step ends with the gradients that it would update from
     found: Found = field(default_factory=Found)  # in the latest call
 
     def __call__(self, graph: fx.Graph, interface: Interface, backward: set[fx.Node]) -> None:
@@ -62,6 +63,8 @@ class Extension:
                 updated.append((i, group))
             elif param is None or id(param) not in self.kept:
                 interface.gradients[i] = None
+        if not self.updates:
+            return
         places = _last_uses(graph, backward)
         clip_gradients(graph, interface, [i for i, _ in updated], backward, self.clip, self.two_pass)
         groups = self._add_settings(graph, interface)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphplan import functions
 from graphplan.capture import Capture
 from graphplan.errors import StepFailed
 from graphplan.graph import Primal, StorageKind
 from graphplan.lift import Prepared
 from graphplan.plan import Plan
-from graphplan.rewrite import rewrite_whole
+from graphplan.rewrite import KEY, rewrite_whole
 from graphplan.runtime import bind, output_of
 from graphplan.state import Find
 from graphplan.step.optimizer import Slots
@@ -22,7 +23,10 @@ from graphplan.step.optimizer import Slots
 
 @dataclass(frozen=True, slots=True)
 class WholeProgram:
-    """One boxed module: parameters, buffers, inputs, optimizer state and settings in; loss and kept gradients out."""
+    """One boxed module: parameters, buffers, inputs, optimizer state and settings in; loss and kept gradients out.
+
+    `keyed`: it takes the key of lossy encodes after all these.
+    """
 
     capture: Capture
     module: fx.GraphModule
@@ -30,6 +34,7 @@ class WholeProgram:
     values: tuple[Primal, ...]  # the tensors that the module takes: parameters, buffers, constants, inputs
     states: tuple[str, ...]  # the parameters whose optimizer state it takes
     places: tuple[int, ...]  # of each primal among the values, then the states, then the groups' settings
+    keyed: bool = False
 
     @staticmethod
     def of(captured: Capture, prepared: Prepared, plan: Plan) -> WholeProgram:
@@ -50,10 +55,11 @@ class WholeProgram:
             else next(state if p.kind is StorageKind.STATE else value)
             for p in primals
         )
-        return WholeProgram(captured, module, kept, values, states, places)
+        keyed = any(n.name == KEY for n in module.graph.find_nodes(op="placeholder"))
+        return WholeProgram(captured, module, kept, values, states, places, keyed)
 
-    def run(self, find: Find, slots: Slots, tensors: Sequence[Tensor]) -> Tensor:
-        """Run one step on the input `tensors` and return the loss; `find` finds the model's tensors.
+    def run(self, find: Find, slots: Slots, tensors: Sequence[Tensor], number: int = 0) -> Tensor:
+        """Run step `number` on the input `tensors` and return the loss; `find` finds the model's tensors.
 
         Raises:
             StepFailed: the step broke off after its first write. An error before that comes as it is, and nothing
@@ -68,6 +74,7 @@ class WholeProgram:
             p.grad = None
         given = [*values, *(own for _, own in states), *slots.optimizer.param_groups]
         bound = [given[place] for place in self.places]
+        bound += [functions.mix(torch.initial_seed(), number)] if self.keyed else []
         try:
             with torch.no_grad(), torch._C._DisableAutocast():
                 results = self.module(bound)

@@ -14,13 +14,15 @@ from graphplan.capture import Capture, call_key, capture, check_model, flatten_c
 from graphplan.device import Device
 from graphplan.errors import GraphplanError, UnsupportedModel
 from graphplan.measure import with_targets
+from graphplan.noise import Noise
 from graphplan.optimize import Options, Source, make_options
 from graphplan.plan import Plan
 from graphplan.planner import Entry, Planner
+from graphplan.replay import Batch
 from graphplan.rewrite import rewrite_whole
 from graphplan.state import ModelState
 from graphplan.step.clip import Clip
-from graphplan.step.extend import Extension, check_loss
+from graphplan.step.extend import Extension, Found, check_loss
 from graphplan.step.optimizer import Slots, check_hooks, kept_parameters
 from graphplan.step.parts import check_parts, in_parts
 from graphplan.step.program import WholeProgram
@@ -34,7 +36,8 @@ class TrainStep(WholeStep):
 
     The model and the optimizer are the user's own objects: a learning-rate schedule, `state_dict()` and
     `load_state_dict()` of both work at any time between calls. One plan is kept for each combination of input
-    shapes, training modes, parameter groups and kinds of settings.
+    shapes, training modes, parameter groups and kinds of settings. `step_number` counts the calls: with
+    `torch.initial_seed()` it alone decides how lossy codes round.
     """
 
     def __init__(
@@ -51,23 +54,21 @@ class TrainStep(WholeStep):
         if any(p.requires_grad for p in _parameters(loss_fn)):
             raise UnsupportedModel("loss_fn has parameters that require grad: make it a part of the model")
         self.model, self.optimizer = model, optimizer
-        self._loss_fn, self._options, self._clip = loss_fn, replace(options, whole_step=True), clip or Clip()
-        lossy = [c.name for c in options.codecs if not c.exact]
-        if lossy:
-            raise GraphplanError(
-                f"codecs {', '.join(lossy)}: what a lossy code adds to the gradient is measured on a step that "
-                "updates nothing, so train_step plans exact codecs only; lossy ones work in graphplan.optimize"
-            )
+        self._loss_fn, self._clip = loss_fn, clip or Clip()
         self._kept = kept_parameters(model, keep_grads)
         self._slots = Slots.of(optimizer, model)
+        self._options = replace(options, whole_step=True, weights=self._slots.rule.weights)
         self._shape = self._slots.shape()
         self._state = ModelState(model)
         self._planner: Planner[WholeProgram] = Planner(self._options, model, WholeProgram.of)
+        self.step_number = 0
 
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """Train on one batch, shaped like the examples; return the loss, detached."""
         call = self._call(inputs, targets)
-        loss = self._planner.entry_to_run(*call[:2]).step.run(self._state.find, self._slots, call[2])
+        step = self._planner.entry_to_run(*call[:2]).step
+        self.step_number += 1
+        loss = step.run(self._state.find, self._slots, call[2], self.step_number - 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
         return loss
 
@@ -138,6 +139,11 @@ class TrainStep(WholeStep):
         return self._planner.least_peaks(*self._call(inputs, targets)[:2])
 
     @property
+    def _rounds(self) -> bool:
+        """Whether lossy codes may be used."""
+        return any(not c.exact for c in self._options.codecs)
+
+    @property
     def options(self) -> Options:
         """What was asked for, as the planning stages take it."""
         return self._options
@@ -162,6 +168,7 @@ class TrainStep(WholeStep):
         key = (call_key(template, tensors), self._state.read(self.model, self._loss_fn), self._shape)
         source = Source(
             lambda: self._capture(template, tensors, slots),
+            Batch(self.model, tensors) if self._rounds else None,
             in_parts=lambda parts: self._capture_parts(template, tensors, slots, parts),
         )
         return key, lambda: source, tensors
@@ -183,7 +190,11 @@ class TrainStep(WholeStep):
         start = Extension(self.model, slots, self._kept, self._clip)
 
         def captured(extension: Extension) -> Capture:
-            return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+            made = capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+            if not self._rounds or extension.two_pass:  # two backward passes read a code, and round alike
+                return made
+            bare = replace(extension, updates=False, found=Found())
+            return replace(made, bare=capture(with_loss, args, kwargs, inner=self.model, extend=bare))
 
         forms, sliced = [], False
         for exact in (True, False):
@@ -251,6 +262,7 @@ def train_step(
     solver: str = "auto",
     time_limit: float = 30.0,
     device: Device | None = None,
+    noise: Noise | None = None,
 ) -> TrainStep:
     """Return forward, loss, backward and update of `model` as one program that runs within `budget` bytes.
 
@@ -269,14 +281,16 @@ def train_step(
         clip_value: as torch.nn.utils.clip_grad_value_ before the update; costs no memory.
         clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last, or,
             where that does not fit, the backward runs twice, first for the norms alone.
-        codecs, gradient_noise, solver, time_limit, device: as in `optimize`.
+        codecs, gradient_noise, solver, time_limit, device, noise: as in `optimize`; noise is weighed as the optimizer
+            does, and measured on the examples up to the gradients. A norm that takes two passes, and parts of the
+            batch, go with exact codecs alone.
 
     Raises:
         BudgetError: the budget cannot be read.
         InfeasibleBudget: no plan fits; `.minimum_bytes` would.
         UnsupportedModel, UnsupportedOptimizer, CaptureError: what cannot be planned; the message says where.
     """
-    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device)
+    options = make_options(budget, codecs, gradient_noise, solver, time_limit, device, noise=noise)
     step = TrainStep(model, loss_fn, optimizer, options, keep_grads, Clip.of(clip_value, clip_norm))
     step.prepare(example_inputs, example_targets)
     return step

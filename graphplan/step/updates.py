@@ -27,13 +27,14 @@ class Rule:
 
     `update(param, grad, state, settings)` changes the parameter and its state in place, `of_product` does it for the
     gradient `a @ b`; `state_names` are the tensors of the parameter's geometry that it keeps, `counts` is whether it
-    counts steps too.
+    counts steps too; `weights` is how noise in a gradient is weighed (`graphplan.noise`).
     """
 
     update: Callable[[Tensor, Tensor, State, Settings], None]
     of_product: Callable[[Tensor, Tensor, Tensor, bool, State, Settings], None]
     state_names: Callable[[Settings], tuple[str, ...]]
     counts: bool
+    weights: str
 
 
 def sgd(param: Tensor, grad: Tensor | Product, state: State, settings: Settings) -> None:
@@ -135,9 +136,9 @@ def _adam_state(settings: Settings) -> tuple[str, ...]:
 
 
 RULES: dict[type, Rule] = {
-    torch.optim.SGD: Rule(sgd, sgd_of_product, _sgd_state, counts=False),
-    torch.optim.Adam: Rule(adam, adam_of_product, _adam_state, counts=True),
-    torch.optim.AdamW: Rule(adam, adam_of_product, _adam_state, counts=True),
+    torch.optim.SGD: Rule(sgd, sgd_of_product, _sgd_state, counts=False, weights="sgd"),
+    torch.optim.Adam: Rule(adam, adam_of_product, _adam_state, counts=True, weights="adam"),
+    torch.optim.AdamW: Rule(adam, adam_of_product, _adam_state, counts=True, weights="adam"),
 }
 
 

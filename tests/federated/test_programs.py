@@ -93,4 +93,4 @@ def test_what_programs_cannot_do_says_so(config: RunConfig) -> None:
     with pytest.raises(FederatedError, match="needs the model's source"):
         run_in_process(replace(config, method="fedavg", program=True))
     with pytest.raises(FederatedError, match="exact codecs"):
-        run_in_process(replace(config, method="compress_only", step=True))
+        run_in_process(replace(config, method="compress_only", program=True))

@@ -42,6 +42,17 @@ def test_every_form_of_a_step_lets_clients_take_part_that_no_other_plan_fits(con
     assert (report["rounds"][0]["taking_part"], run(mlp)["rounds"][0]["taking_part"]) == (4, 2)
 
 
+def test_whole_steps_may_round(config: RunConfig) -> None:
+    tight = config.fleet.replace("[0.75, 0.95]", "[0.7, 0.8]")
+    rounding = replace(config, method="compress_only", step=True, codecs="", device="", fleet=tight)
+    frontiers: dict[Hashable, Frontier] = {}
+    report = run_in_process(rounding, made=frontiers)
+    _check_budgets(report, "whole steps that round")
+    plans = [p for f in frontiers.values() for p in f.plans]
+    assert all(p.update == "sgd" for p in plans)
+    assert any(p.noise > 0 for p in plans)
+
+
 def test_clients_train_on_as_many_threads_as_the_given_device(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,216 @@
+"""Whole steps with lossy codes: what they add is measured on the step up to its gradients, and is in the updates."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lossy_cases import all_encoded, case, token_loss
+from test_step import OPTIMIZERS
+from torch import Tensor
+
+import graphplan
+from graphplan.bare import noise_of_plans
+from graphplan.choices import Candidate, candidates_of, frontier, with_parts
+from graphplan.lift import lift
+from graphplan.noise import REFUSED_PPB, gradient_variance
+from graphplan.optimize import Source, make_options
+from graphplan.step import slices, slicing
+from models_zoo import MODELS
+from solvers import Solution, Status, simulate
+
+LOSSES = {"conv": F.cross_entropy, "transformer": token_loss}
+
+
+def encoded(candidate: Candidate) -> graphplan.Plan:
+    """Return the plan that has everything in 8 bits that may be."""
+    prepared, noise = candidate.prepared, candidate.prepared.noise
+    assert noise is not None
+    index, fine = prepared.instructions.by_name(), {a for a in noise.rho if noise.ppb(a, "int8") < REFUSED_PPB}
+    schedule = tuple(index[s] for s in all_encoded(candidate.captured, prepared.instructions, "int8", fine))
+    peak = simulate(prepared.problem.with_budget(1 << 60), schedule).peak_bytes
+    solution = Solution(Status.FEASIBLE, schedule, 0, "any plan", "test")
+    return lift(replace(prepared, problem=prepared.problem.with_budget(peak)), solution, peak)
+
+
+def encoded_step(name: str, kind: str = "sgd", **more: Any) -> tuple[graphplan.TrainStep, Tensor, Tensor]:
+    """Return the step with everything in 8 bits, and a batch."""
+    model, x, y = case(name)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    made = {"codecs": "lossy", "time_limit": 1, **more}
+    step = graphplan.train_step(model, LOSSES[name], optimizer, "100%", x, y, **made)
+    plan = encoded(candidates_of(model, step.source(x, y), step.options)[0])
+    assert plan.noise > 0
+    return graphplan.apply(model, plan, x, None, LOSSES[name], y, optimizer=optimizer, **more), x, y
+
+
+@pytest.mark.parametrize(("name", "kind"), [("conv", "momentum"), ("transformer", "adamw")])
+def test_promises_hold(name: str, kind: str) -> None:
+    model, x, y = case(name)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    step = graphplan.train_step(model, LOSSES[name], optimizer, "65%", x, y, codecs="lossy", time_limit=3)
+    report = graphplan.verify(step, model, x, example_targets=y)
+    assert any(c.name == "gradient noise" for c in report.checks) == (step.plan.noise > 0)
+    noise = step.entry().prepared.noise
+    assert noise is not None
+    assert noise.weights == ("adam" if kind == "adamw" else "sgd")
+    losses = [float(step(x, y)) for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_updates_differ_by_the_noise_that_was_measured(name: str) -> None:
+    """Independent of the step up to its gradients: what SGD subtracts, with codes and without, read off parameters."""
+    step, x, y = encoded_step(name, "sgd")
+    bare = step.entry().step.capture.bare
+    assert bare is not None
+    batch = step.source(x, y).batch
+    assert batch is not None
+    (joint,) = noise_of_plans(step.entry().step.capture, step.entry().prepared, (step.plan,), batch, "sgd")
+    variance = sum(gradient_variance(bare, batch).values())
+    start = copy.deepcopy(step.model.state_dict())
+
+    def change(number: int | None) -> list[Tensor]:
+        step.model.load_state_dict(start)
+        torch.manual_seed(5)
+        if number is None:
+            step.run_unplanned(x, y)
+        else:
+            step.step_number = number
+            step(x, y)
+        return [p.detach().double().clone() for p in step.model.parameters()]
+
+    exact = change(None)
+    added = [
+        sum(float((a - b).square().sum()) for a, b in zip(exact, change(n), strict=True)) / 0.1**2 for n in range(6)
+    ]
+    found = sum(added) / len(added) / variance
+    assert 0.6 < found / joint.noise < 1.6
+
+
+def test_number_and_seed_alone_decide_the_rounding() -> None:
+    step, x, y = encoded_step("conv")
+    start = copy.deepcopy(step.model.state_dict())
+
+    def after(number: int, seed: int) -> Tensor:
+        step.model.load_state_dict(start)
+        torch.manual_seed(seed)
+        step.step_number = number
+        step(x, y)
+        assert step.step_number == number + 1
+        return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+    assert torch.equal(after(3, 0), after(3, 0))
+    assert not torch.equal(after(3, 0), after(4, 0))
+    assert not torch.equal(after(3, 0), after(3, 1))
+
+
+@pytest.mark.parametrize(
+    "more", [{"clip_value": 0.01}, {"clip_norm": 0.1}, {"keep_grads": True}], ids=["value", "norm", "kept"]
+)
+def test_clipped_and_kept_gradients(more: dict[str, Any]) -> None:
+    step, x, y = encoded_step("conv", **more)
+    graphplan.verify(step, step.model, x, example_targets=y)
+
+
+def test_a_saved_plan_rounds_alike_in_another_step(tmp_path: Path) -> None:
+    step, x, y = encoded_step("transformer", "adamw")
+    step.plan.save(tmp_path / "plan.json")
+    other = copy.deepcopy(step.model)
+    again = graphplan.apply(
+        other, graphplan.Plan.load(tmp_path / "plan.json"), x, loss_fn=token_loss, example_targets=y,
+        optimizer=OPTIMIZERS["adamw"](other.parameters()),
+    )  # fmt: skip
+    for _ in range(3):
+        torch.manual_seed(1)
+        ours = step(x, y)
+        torch.manual_seed(1)
+        assert torch.equal(ours, again(x, y))
+    for a, b in zip(step.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_estimates_can_be_given() -> None:
+    """Those of the model alone name the same activations; of what only the loss saves nothing is known, so it stays."""
+    model, x, y = case("conv")
+    noise = graphplan.estimate_noise(model, x, loss_fn=F.cross_entropy, example_targets=y)
+    step = graphplan.train_step(
+        model, F.cross_entropy, OPTIMIZERS["sgd"](model.parameters()), "55%", x, y, codecs="lossy", time_limit=3,
+        noise=noise,
+    )  # fmt: skip
+    limited = step.entry().prepared.problem
+    assert any(0 < op.noise_ppb < limited.noise_limit_ppb for op in limited.ops)
+    assert step.entry().prepared.noise is noise
+    graphplan.verify(step, model, x, example_targets=y)
+
+
+def forms_of(name: str, **more: Any) -> tuple[graphplan.TrainStep, tuple[Candidate, ...], tuple[Any, Any]]:
+    entry = MODELS[name]
+    model, example = entry.build_small(), entry.example_small()
+    batch = example.inputs, example.targets
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    step = graphplan.train_step(model, entry.loss, optimizer, "100%", *batch, codecs="lossy", time_limit=2, **more)
+    return step, candidates_of(model, step.source(*batch), step.options), batch
+
+
+@pytest.mark.parametrize("name", ["unet", "gpt", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_every_form_has_codes_and_keeps_its_promises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sliced ops, losses in chunks, and gradients that never exist whole: their plans are measured up to gradients."""
+    monkeypatch.setattr(slicing, "LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 1 << 12)
+    step, candidates, (inputs, targets) = forms_of(name)
+    assert len(candidates) > 1
+    for c in candidates:
+        assert c.prepared.noise is not None
+        plan = encoded(c)
+        assert plan.noise > 0
+        batch = step.source(inputs, targets).batch
+        assert batch is not None
+        (joint,) = noise_of_plans(c.captured, c.prepared, (plan,), batch, "adam")
+        assert 0.5 < joint.noise / plan.noise < 2
+        optimizer = OPTIMIZERS["adamw"](step.model.parameters())
+        ran = graphplan.apply(
+            step.model, plan, inputs, loss_fn=MODELS[name].loss, example_targets=targets, optimizer=optimizer
+        )
+        graphplan.verify(ran, step.model, inputs, example_targets=targets)
+
+
+def test_two_passes_and_parts_of_the_batch_stay_exact() -> None:
+    """Both passes would read one code, and what the first finds is not what the second clips: no lossy codes there."""
+    _, candidates, _ = forms_of("mlp", clip_norm=1.0)
+    two = [c for c in candidates if any(op.name.endswith("__norm") for op in c.captured.graph.ops)]
+    assert two
+    assert all(c.prepared.noise is None and not c.prepared.problem.noise_limit_ppb for c in two)
+    assert any(c.prepared.noise is not None for c in candidates)
+    step, candidates, batch = forms_of("mlp")
+    more = with_parts(candidates, step.options, step.source(*batch))
+    assert len(more) > len(candidates)
+    assert all(c.prepared.noise is None for c in more[len(candidates) :])
+
+
+@pytest.mark.parametrize("understated", [1.0, 1e-3])
+def test_no_plan_of_a_frontier_breaks_the_cap(understated: float) -> None:
+    """Estimates a thousand times too small let plans round far too much; each plan is measured, so it is noticed."""
+    model, x, y = case("conv")
+    loss = {"loss_fn": F.cross_entropy, "example_targets": y}
+    estimates = graphplan.estimate_noise(model, x, **loss).times(understated)
+    device = graphplan.optimize(model, "100%", x, codecs="lossy", noise=estimates, time_limit=2, **loss).device_profile
+    codes = [k for k, s in device.samples.items() if s.target in ("encode", "decode") or s.target.endswith(":variant")]
+    device.samples.update({k: replace(device.samples[k], cost_ns=1) for k in codes})  # they pay everywhere
+    options = make_options("100%", "lossy", 1e-3, time_limit=4, noise=estimates, device=device, **loss)
+    source = Source.of(model, (x,), {}, options)
+    candidates = candidates_of(model, source, options)
+    plans = frontier(candidates, options, 5, source.batch)
+    rounding = [p for p in plans if p.noise]
+    assert rounding
+    assert all(p.noise_measured is not None and p.noise_measured <= 1e-3 for p in rounding)
+    if understated < 1:
+        blind = frontier(candidates, options, 5)
+        assert all(p.noise_measured is None for p in blind if p.noise)
+        measured = noise_of_plans(candidates[0].captured, candidates[0].prepared, blind, source.batch, "sgd")
+        assert max(j.noise for j in measured) > 1e-2
