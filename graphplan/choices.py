@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -145,16 +145,18 @@ def choose(candidates: Candidates, options: Options, source: Source) -> tuple[Ca
     except InfeasibleBudget as error:
         if source.in_parts is None:
             raise
-        return _in_parts(candidates[0], options, source.in_parts, error)
+        return _in_parts(candidates[0], options, source, error)
 
 
-def candidate_in_parts(first: Candidate, options: Options, in_parts: Callable[[int], Capture], parts: int) -> Candidate:
+def candidate_in_parts(first: Candidate, options: Options, source: Source, parts: int) -> Candidate:
     """Return the step on that many parts of the batch, under the budget of `first`.
 
     Raises:
         NoParts: why that cannot be.
     """
-    source = Source(lambda: (in_parts(parts),))
+    in_parts = source.in_parts
+    assert in_parts is not None
+    source = replace(source, captures=lambda: (in_parts(parts),))
     (made,) = prepare_candidates(_captured(source, options), options, first.prepared.device, source, like=first)
     return replace(made, parts=parts)
 
@@ -166,15 +168,13 @@ def with_parts(candidates: Candidates, options: Options, source: Source) -> Cand
     found = list(candidates)
     for parts in PARTS:
         try:
-            found.append(candidate_in_parts(candidates[0], options, source.in_parts, parts))
+            found.append(candidate_in_parts(candidates[0], options, source, parts))
         except NoParts:
             break
     return tuple(found)
 
 
-def _in_parts(
-    first: Candidate, options: Options, in_parts: Callable[[int], Capture], error: InfeasibleBudget
-) -> tuple[Candidate, Plan]:
+def _in_parts(first: Candidate, options: Options, source: Source, error: InfeasibleBudget) -> tuple[Candidate, Plan]:
     """Return the plan on the fewest parts of the batch that fits.
 
     Raises:
@@ -183,7 +183,7 @@ def _in_parts(
     without = error.minimum_bytes
     for parts in PARTS:
         try:
-            candidate, plan = _fastest((candidate_in_parts(first, options, in_parts, parts),), options, None)
+            candidate, plan = _fastest((candidate_in_parts(first, options, source, parts),), options, source.batch)
         except NoParts as e:
             said = f"{error} The batch cannot be cut in {parts} parts: {e}."
             raise InfeasibleBudget(said, minimum_bytes=error.minimum_bytes, binding_op=error.binding_op) from e

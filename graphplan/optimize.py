@@ -194,8 +194,6 @@ def noise_of(
 ) -> Noise | None:
     """Return the noise of the lossy codes that are offered, None when there are none or nothing is known."""
     activations = {captured.graph.storages[e.of].name for e in instructions.encoded if e.lossy}
-    if options.whole_step and captured.bare is None:
-        return None
     if options.noise is not None or batch is None or not activations:
         return options.noise
     if known is not None and known.rho.keys() >= activations:

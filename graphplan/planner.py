@@ -83,7 +83,7 @@ class Planner(Generic[P]):
             source = replace(source, batch=None)  # the noise of a plan made elsewhere was measured there
             candidates = self._candidates(key, source, options)
             if plan.parts > 1 and source.in_parts is not None:
-                candidates = (candidate_in_parts(candidates[0], options, source.in_parts, plan.parts),)
+                candidates = (candidate_in_parts(candidates[0], options, source, plan.parts),)
         mine = next((c for c in candidates if c.captured.graph.fingerprint == plan.fingerprint), candidates[0])
         check_fingerprint(plan, mine.captured.graph)
         self.latest = self._entry(mine, plan)

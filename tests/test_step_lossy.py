@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lossy_cases import all_encoded, case, token_loss
 from test_step import OPTIMIZERS
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphplan
 from graphplan.bare import noise_of_plans
@@ -24,7 +24,16 @@ from graphplan.step import slices, slicing
 from models_zoo import MODELS
 from solvers import Solution, Status, simulate
 
-LOSSES = {"conv": F.cross_entropy, "transformer": token_loss}
+LOSSES = {"conv": F.cross_entropy, "transformer": token_loss, "mlp": MODELS["mlp"].loss}
+
+
+def batch_of(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a model, inputs and targets."""
+    if name != "mlp":
+        return case(name)
+    example = MODELS[name].example_small()
+    assert example.targets is not None
+    return MODELS[name].build_small(), example.inputs[0], example.targets
 
 
 def encoded(candidate: Candidate) -> graphplan.Plan:
@@ -35,23 +44,30 @@ def encoded(candidate: Candidate) -> graphplan.Plan:
     schedule = tuple(index[s] for s in all_encoded(candidate.captured, prepared.instructions, "int8", fine))
     peak = simulate(prepared.problem.with_budget(1 << 60), schedule).peak_bytes
     solution = Solution(Status.FEASIBLE, schedule, 0, "any plan", "test")
-    return lift(replace(prepared, problem=prepared.problem.with_budget(peak)), solution, peak)
+    made = lift(replace(prepared, problem=prepared.problem.with_budget(peak)), solution, peak)
+    return replace(made, parts=candidate.parts)
 
 
-def encoded_step(name: str, kind: str = "sgd", **more: Any) -> tuple[graphplan.TrainStep, Tensor, Tensor]:
-    """Return the step with everything in 8 bits, and a batch."""
-    model, x, y = case(name)
+def encoded_step(
+    name: str, kind: str = "sgd", *, in_parts: bool = False, **more: Any
+) -> tuple[graphplan.TrainStep, Tensor, Tensor]:
+    """Return the step (on two parts of its batch) with everything in 8 bits, and a batch."""
+    model, x, y = batch_of(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
     made = {"codecs": "lossy", "time_limit": 1, **more}
     step = graphplan.train_step(model, LOSSES[name], optimizer, "100%", x, y, **made)
-    plan = encoded(candidates_of(model, step.source(x, y), step.options)[0])
+    options = replace(step.options, device=step.device_profile)  # measured already
+    candidates = candidates_of(model, step.source(x, y), options)
+    if in_parts:
+        candidates = with_parts(candidates, options, step.source(x, y))[len(candidates) :]
+    plan = encoded(candidates[0])
     assert plan.noise > 0
     return graphplan.apply(model, plan, x, None, LOSSES[name], y, optimizer=optimizer, **more), x, y
 
 
 @pytest.mark.parametrize(("name", "kind"), [("conv", "momentum"), ("transformer", "adamw")])
 def test_promises_hold(name: str, kind: str) -> None:
-    model, x, y = case(name)
+    model, x, y = batch_of(name)
     optimizer = OPTIMIZERS[kind](model.parameters())
     step = graphplan.train_step(model, LOSSES[name], optimizer, "65%", x, y, codecs="lossy", time_limit=3)
     report = graphplan.verify(step, model, x, example_targets=y)
@@ -63,10 +79,10 @@ def test_promises_hold(name: str, kind: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_updates_differ_by_the_noise_that_was_measured(name: str) -> None:
+@pytest.mark.parametrize(("name", "in_parts"), [("conv", False), ("transformer", False), ("mlp", True)])
+def test_updates_differ_by_the_noise_that_was_measured(name: str, in_parts: bool) -> None:
     """Independent of the step up to its gradients: what SGD subtracts, with codes and without, read off parameters."""
-    step, x, y = encoded_step(name, "sgd")
+    step, x, y = encoded_step(name, "sgd", in_parts=in_parts)
     bare = step.entry().step.capture.bare
     assert bare is not None
     batch = step.source(x, y).batch
@@ -155,7 +171,8 @@ def forms_of(name: str, **more: Any) -> tuple[graphplan.TrainStep, tuple[Candida
     batch = example.inputs, example.targets
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     step = graphplan.train_step(model, entry.loss, optimizer, "100%", *batch, codecs="lossy", time_limit=2, **more)
-    return step, candidates_of(model, step.source(*batch), step.options), batch
+    options = replace(step.options, device=step.device_profile)  # measured already
+    return step, candidates_of(model, step.source(*batch), options), batch
 
 
 @pytest.mark.parametrize("name", ["unet", "gpt", pytest.param("resnet18", marks=pytest.mark.slow)])
@@ -180,17 +197,21 @@ def test_every_form_has_codes_and_keeps_its_promises(name: str, monkeypatch: pyt
         graphplan.verify(ran, step.model, inputs, example_targets=targets)
 
 
-def test_two_passes_and_parts_of_the_batch_stay_exact() -> None:
-    """Both passes would read one code, and what the first finds is not what the second clips: no lossy codes there."""
-    _, candidates, _ = forms_of("mlp", clip_norm=1.0)
+def test_two_passes_and_parts_of_the_batch_round_too() -> None:
+    """What the first pass reads of a code is what the second reads; each part of a batch has codes of its own."""
+    step, candidates, (inputs, targets) = forms_of("mlp", clip_norm=1.0)
     two = [c for c in candidates if any(op.name.endswith("__norm") for op in c.captured.graph.ops)]
     assert two
-    assert all(c.prepared.noise is None and not c.prepared.problem.noise_limit_ppb for c in two)
-    assert any(c.prepared.noise is not None for c in candidates)
-    step, candidates, batch = forms_of("mlp")
-    more = with_parts(candidates, step.options, step.source(*batch))
-    assert len(more) > len(candidates)
-    assert all(c.prepared.noise is None for c in more[len(candidates) :])
+    more = with_parts(candidates, step.options, step.source(inputs, targets))[len(candidates) :]
+    assert more
+    for c in (two[0], more[0]):
+        plan = encoded(c)
+        assert plan.noise > 0
+        ran = graphplan.apply(
+            step.model, plan, inputs, loss_fn=MODELS["mlp"].loss, example_targets=targets, optimizer=step.optimizer,
+            clip_norm=1.0,
+        )  # fmt: skip
+        graphplan.verify(ran, step.model, inputs, example_targets=targets)
 
 
 @pytest.mark.parametrize("understated", [1.0, 1e-3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -189,23 +189,27 @@ class TrainStep(WholeStep):
         with_loss = _WithLoss(self.model, self._loss_fn)
         start = Extension(self.model, slots, self._kept, self._clip)
 
-        def captured(extension: Extension) -> Capture:
-            made = capture(with_loss, args, kwargs, inner=self.model, extend=extension)
-            if not self._rounds or extension.two_pass:  # two backward passes read a code, and round alike
-                return made
-            bare = replace(extension, updates=False, found=Found())
-            return replace(made, bare=capture(with_loss, args, kwargs, inner=self.model, extend=bare))
-
         forms, sliced = [], False
         for exact in (True, False):
             for two_pass in (False, True) if self._clip.norm is not None else (False,):
-                forms.append(captured(replace(start, exact=exact, two_pass=two_pass)))
+                forms.append(self._captured(with_loss, args, kwargs, replace(start, exact=exact, two_pass=two_pass)))
             sliced = sliced or start.found.sliced
             if not start.found.inexact:
                 break
         if sliced:
-            forms.insert(0, replace(captured(replace(start, sliced=False)), roomy=True))
+            whole = self._captured(with_loss, args, kwargs, replace(start, sliced=False))
+            forms.insert(0, replace(whole, roomy=True))
         return tuple(forms)
+
+    def _captured(
+        self, with_loss: _WithLoss, args: Sequence[Any], kwargs: dict[str, Any], extension: Extension
+    ) -> Capture:
+        """Capture one form; where codes may round, up to its gradients, too."""
+        made = capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+        if not self._rounds:
+            return made
+        bare = replace(extension, updates=False, found=Found())
+        return replace(made, bare=capture(with_loss, args, kwargs, inner=self.model, extend=bare))
 
     def _capture_parts(self, template: Template, tensors: list[Tensor], slots: Slots, parts: int) -> Capture:
         """Capture the step with the model on parts of the batch.
@@ -217,7 +221,7 @@ class TrainStep(WholeStep):
         check_parts(self.model, args, {k: v for k, v in kwargs.items() if k != "targets"})
         with_loss = _WithLoss(self.model, self._loss_fn, parts)
         extension = Extension(self.model, slots, self._kept, self._clip, exact=False)
-        return capture(with_loss, args, kwargs, inner=self.model, extend=extension)
+        return self._captured(with_loss, args, kwargs, extension)
 
 
 class _WithLoss(nn.Module):
@@ -282,8 +286,7 @@ def train_step(
         clip_norm: as torch.nn.utils.clip_grad_norm_ over the updated parameters: every gradient waits for the last, or,
             where that does not fit, the backward runs twice, first for the norms alone.
         codecs, gradient_noise, solver, time_limit, device, noise: as in `optimize`; noise is weighed as the optimizer
-            does, and measured on the examples up to the gradients. A norm that takes two passes, and parts of the
-            batch, go with exact codecs alone.
+            does.
 
     Raises:
         BudgetError: the budget cannot be read.
