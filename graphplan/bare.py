@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from graphplan.capture import Capture
 from graphplan.codecs import choose_codecs
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared
-from graphplan.noise import JointNoise, Noise, Report, estimate, measure_each
+from graphplan.noise import BIAS_LIMIT, JointNoise, Noise, Report, estimate, measure_each
 from graphplan.plan import Plan
 from graphplan.replay import Batch
 from graphplan.rewrite import Rewritten, rewrite
@@ -27,6 +28,22 @@ def noise_of_codes(
     if captured.bare is None:
         return estimate(captured, instructions, batch, weights, report)
     return estimate(captured.bare, instructions_of(captured.bare.graph, codecs), batch, weights, report)
+
+
+def with_noise_measured(
+    captured: Capture, prepared: Prepared, plans: Sequence[Plan], batch: Batch, weights: str
+) -> tuple[list[Plan], float]:
+    """Return the plans with what their codes add, and by how much larger estimates are to be: 1 where the cap holds."""
+    joint = iter(noise_of_plans(captured, prepared, [p for p in plans if p.noise], batch, weights))
+    found, factor = [], 1.0
+    for plan in plans:
+        if plan.noise:
+            own = next(joint)
+            if own.noise > plan.gradient_noise or own.bias > BIAS_LIMIT:
+                factor = max(factor, 2.0, own.noise / plan.noise)
+            plan = replace(plan, noise_measured=own.noise, noise_bias=own.bias)
+        found.append(plan)
+    return found, factor
 
 
 def noise_of_plans(

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 import solvers
-from graphplan.bare import noise_of_plans
+from graphplan.bare import with_noise_measured
 from graphplan.capture import Capture
 from graphplan.device import Device
 from graphplan.errors import InfeasibleBudget, NoParts
 from graphplan.lift import Prepared, lift, minimum_reason, schedule_of
-from graphplan.noise import BIAS_LIMIT, Noise
+from graphplan.noise import Noise
 from graphplan.optimize import (
     TIGHTENINGS,
     Options,
@@ -269,30 +269,15 @@ def _plans(
         plans = _solved(replace(candidate, prepared=prepared), budgets, options, minimum)
         if batch is None or prepared.noise is None or not any(p.noise for _, p in plans):
             break
-        plans, factor = _with_noise_measured(candidate.captured, prepared, plans, batch, options)
+        options.report("noise of the plans", 0, 1)
+        budgets_of, found = zip(*plans, strict=True)
+        measured, factor = with_noise_measured(candidate.captured, prepared, found, batch, options.weights)
+        options.report("noise of the plans", 1, 1)
+        plans = list(zip(budgets_of, measured, strict=True))
         if factor == 1:
             break
         prepared = with_noise(prepared, prepared.noise.times(factor if tries < TIGHTENINGS else math.inf))
     return plans
-
-
-def _with_noise_measured(
-    captured: Capture, prepared: Prepared, plans: list[tuple[int, Plan]], batch: Batch, options: Options
-) -> tuple[list[tuple[int, Plan]], float]:
-    """Return the plans with what their codes add, and by how much larger estimates are to be: 1 where the cap holds."""
-    rounding = [p for _, p in plans if p.noise]
-    options.report("noise of the plans", 0, 1)
-    joint = iter(noise_of_plans(captured, prepared, rounding, batch, options.weights))
-    options.report("noise of the plans", 1, 1)
-    found, factor = [], 1.0
-    for budget, plan in plans:
-        if plan.noise:
-            own = next(joint)
-            if own.noise > plan.gradient_noise or own.bias > BIAS_LIMIT:
-                factor = max(factor, 2.0, own.noise / plan.noise)
-            plan = replace(plan, noise_measured=own.noise, noise_bias=own.bias)
-        found.append((budget, plan))
-    return found, factor
 
 
 def _solved(candidate: Candidate, budgets: list[int], options: Options, minimum: int) -> list[tuple[int, Plan]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import solvers
-from graphplan.bare import noise_of_codes, noise_of_plans
+from graphplan.bare import noise_of_codes, with_noise_measured
 from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import Lossy, choose_codecs
 from graphplan.device import Device
@@ -22,7 +22,7 @@ from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
 from graphplan.lower import computing_once, lower, noise_ppb, outputs_bytes, without_codecs
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
-from graphplan.noise import BIAS_LIMIT, Noise
+from graphplan.noise import Noise
 from graphplan.plan import Plan
 from graphplan.profile import profile
 from graphplan.progress import Report, quiet
@@ -318,12 +318,11 @@ def check_noise(
         if plan.noise == 0 or prepared.noise is None or batch is None:
             break
         options.report("noise of the plan", 0, 1)
-        (joint,) = noise_of_plans(captured, prepared, (plan,), batch, options.weights)
+        (measured,), factor = with_noise_measured(captured, prepared, (plan,), batch, options.weights)
         options.report("noise of the plan", 1, 1)
-        if joint.noise <= plan.gradient_noise and joint.bias <= BIAS_LIMIT:
-            return prepared, replace(plan, noise_measured=joint.noise, noise_bias=joint.bias)
-        factor = max(2.0, joint.noise / plan.noise) if tries < TIGHTENINGS else math.inf
-        prepared = with_noise(prepared, prepared.noise.times(factor))
+        if factor == 1:
+            return prepared, measured
+        prepared = with_noise(prepared, prepared.noise.times(factor if tries < TIGHTENINGS else math.inf))
         plan = make_plan(prepared, find_least(prepared, options), options)
     return prepared, plan
 
