@@ -264,19 +264,20 @@ def _plans(
     candidate: Candidate, budgets: list[int], options: Options, minimum: int, batch: Batch | None
 ) -> list[tuple[int, Plan]]:
     """Return the plan for each budget that one fits, planned again with larger estimates while one breaks the cap."""
-    prepared = candidate.prepared
     for tries in range(TIGHTENINGS + 2):  # the last time without lossy codes
-        plans = _solved(replace(candidate, prepared=prepared), budgets, options, minimum)
-        if batch is None or prepared.noise is None or not any(p.noise for _, p in plans):
+        plans, noise = _solved(candidate, budgets, options, minimum), candidate.prepared.noise
+        if batch is None or noise is None or not any(p.noise for _, p in plans):
             break
         options.report("noise of the plans", 0, 1)
-        budgets_of, found = zip(*plans, strict=True)
-        measured, factor = with_noise_measured(candidate.captured, prepared, found, batch, options.weights)
+        found = [p for _, p in plans]
+        measured, factor = with_noise_measured(candidate.captured, candidate.prepared, found, batch, options.weights)
         options.report("noise of the plans", 1, 1)
-        plans = list(zip(budgets_of, measured, strict=True))
+        plans = [(b, p) for (b, _), p in zip(plans, measured, strict=True)]
         if factor == 1:
             break
-        prepared = with_noise(prepared, prepared.noise.times(factor if tries < TIGHTENINGS else math.inf))
+        larger = noise.times(factor if tries < TIGHTENINGS else math.inf)
+        # What was known may round too much by these estimates: it is sought again.
+        candidate = replace(candidate, prepared=with_noise(candidate.prepared, larger), known=Known())
     return plans
 
 
