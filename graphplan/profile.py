@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
 from graphplan.passes import made_up
 from graphplan.telling import Values, telling_values, with_values
-from graphplan.timing import LEAST_BYTES, Call, median_ns, other_memory, python_ns
+from graphplan.timing import LEAST_BYTES, Call, Python, median_ns, other_memory, python_of
 
 Progress = Callable[[str, int, int], None]
+BEFORE = 8  # ops, of which the longest says how much of a codec's code is left in the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,10 @@ def profile(
     if run and missing:
         where = _device_of(graph)
         held = {p.key: p for p in every if p.key in device.samples and not p.functions}
-        ops = [p.call(p.touched_bytes + device.samples[k].workspace_bytes, where) for k, p in held.items()]
-        device.samples.update(_measure(list(missing.values()), ops, where, progress))
+        beside = {k: p.call(p.touched_bytes + device.samples[k].workspace_bytes, where) for k, p in held.items()}
+        ops = {k: (device.samples[k].cost_ns, call) for k, call in beside.items()}
+        before = _before(instructions, probes)
+        device.samples.update(_measure(list(missing.values()), ops, before, where, progress))
         _add_up(graph, instructions, device, probes, {i: p for i, p in extra.items() if _key(probes[i]) in missing})
     samples = [None if p is None else _sample(graph, instructions, device, probes, i) for i, p in enumerate(probes)]
     known = all(p is None or p.key in device.samples for p in probes)
@@ -236,8 +240,42 @@ def _device_of(graph: Graph) -> torch.device:
     return torch.device("cpu")
 
 
+def _before(instructions: Instructions, probes: Sequence[_Probe | None]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the keys of the ops that run before each place where a codec's function may be called, by its key.
+
+    What encodes a storage stands behind its last use in the forward, what decodes it before its first in the backward,
+    and what runs for an op in its place.
+    """
+    at = {i: n for n, i in enumerate(instructions.program)}
+    last, first = dict[int, int](), dict[int, int]()
+    for i, n in at.items():
+        item = instructions.items[i]
+        for s in (*item.reads, *item.writes):
+            if n <= instructions.turn:
+                last[s] = n + 1
+            else:
+                first.setdefault(s, n)
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for item, probe in zip(instructions.items, probes, strict=True):
+        if probe is None or not probe.functions:
+            continue
+        if item.op is not None:
+            n = at[instructions.place(item.op)]
+        elif item.kind == "encode":
+            n = max((last.get(s, 0) for s in item.reads), default=0)
+        else:
+            n = min((first[s] for s in item.writes if s in first), default=instructions.turn)
+        keys = (_key(probes[i]) for i in instructions.program[max(0, n - BEFORE) : n])
+        found.setdefault(probe.key, []).append(tuple(keys))
+    return found
+
+
 def _measure(
-    probes: Sequence[_Probe], known: Sequence[Call], device: torch.device, progress: Progress | None
+    probes: Sequence[_Probe],
+    known: dict[str, tuple[int, Call]],
+    before: dict[str, list[tuple[str, ...]]],
+    device: torch.device,
+    progress: Progress | None,
 ) -> dict[str, Sample]:
     """Return a Sample for every probe that runs on made-up values; the others are left to be estimated."""
     total = 2 * len(probes)
@@ -255,7 +293,7 @@ def _measure(
                     progress("memory of each op", i + 1, total)
         scratch = _scratch(ran, meter.readings)
         own = {p.key: p.touched_bytes + scratch[p.key] for p in probes if p.key in scratch}
-        for i, (probe, cost_ns) in enumerate(_timed([p for p in probes if p.key in own], own, known, device)):
+        for i, (probe, cost_ns) in enumerate(_timed([p for p in probes if p.key in own], own, known, before, device)):
             samples[probe.key] = Sample(probe.target, probe.touched_bytes, cost_ns, scratch[probe.key])
             if progress:
                 progress("time of each op", len(probes) + i + 1, total)
@@ -263,26 +301,40 @@ def _measure(
 
 
 def _timed(
-    probes: Sequence[_Probe], own: dict[str, int], known: Sequence[Call], device: torch.device
+    probes: Sequence[_Probe],
+    own: dict[str, int],
+    known: dict[str, tuple[int, Call]],
+    before: dict[str, list[tuple[str, ...]]],
+    device: torch.device,
 ) -> Iterator[tuple[_Probe, int]]:
-    """Yield each probe and the median ns of a run. `own` are the bytes that each takes, `known` other ops."""
+    """Yield each probe and the median ns of a run; `own` are the bytes that each takes.
+
+    `known` are other ops with their ns, and `before` says which ops run before calls into Python.
+    """
     largest, room = max(own.values(), default=0), Room()
     # With room for it once, holes between what is held leave some runs without: they fault again.
     room.hold(2 * largest if device.type == "cpu" else 0)
-    calls = {p.key: p.call(own[p.key], device) for p in probes}
-    ops = [*known, *(calls[p.key] for p in probes if not p.functions)]
-    codec = min((calls[p.key] for p in probes if p.functions), key=lambda c: c.own_bytes, default=None)
-    cold, warm = (0, 0) if codec is None else python_ns(codec, ops, largest, device)
-    for probe in probes:
+    calls, ops = {p.key: p.call(own[p.key], device) for p in probes}, dict(known)
+    python: Python | None = None
+    for probe in sorted(probes, key=lambda p: (p.functions > 0, own[p.key])):
+        call = calls[probe.key]
         if not probe.timed:
             yield probe, 0
             continue
-        inputs = calls[probe.key].values()
-        before = other_memory(largest - own[probe.key], device) if probe.touched_bytes >= LEAST_BYTES else None
-        python = probe.functions * (warm if before is None else cold)
-        cost_ns = median_ns(probe.module, inputs, device, before)
-        del inputs, before
-        yield probe, cost_ns + python
+        if probe.functions and python is None:
+            python = python_of(call, list(ops.values()), largest, device)  # the smallest call of a codec's function
+        inputs = call.values()
+        memory = other_memory(largest - call.own_bytes, device) if probe.touched_bytes >= LEAST_BYTES else None
+        cost_ns = median_ns(probe.module, inputs, device, memory)
+        del inputs, memory
+        if probe.functions and python is not None:
+            places = [max((ops[k][0] for k in keys if k in ops), default=0) for keys in before.get(probe.key, ())]
+            cost_ns += probe.functions * python.beyond(
+                median_low(places or [0]), cold=probe.touched_bytes >= LEAST_BYTES
+            )
+        elif not probe.functions:
+            ops[probe.key] = (cost_ns, call)
+        yield probe, cost_ns
     room.release()
 
 

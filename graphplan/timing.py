@@ -12,6 +12,7 @@ import torch
 
 MIN_RUNS = 3
 MAX_RUNS = 15
+PYTHON_RUNS = 7  # behind each of some ops, of which the slowest take longer than all else
 ENOUGH_NS = 2_000_000  # more runs than MIN_RUNS only while they are cheap
 CACHE_BYTES = 64 << 20  # written between runs, so that operands are no longer in a CPU's caches
 LEAST_BYTES = 1 << 20  # touched by a call, or it is timed warm
@@ -27,12 +28,18 @@ class Call:
     own_bytes: int
 
 
-def median_ns(run: Callable[..., Any], inputs: list[Any], device: torch.device, before: Before | None = None) -> int:
+def median_ns(
+    run: Callable[..., Any],
+    inputs: list[Any],
+    device: torch.device,
+    before: Before | None = None,
+    most_runs: int = MAX_RUNS,
+) -> int:
     """Return the median ns of one call, each right after a call of `before`."""
     sync: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     run(*inputs)
     times: list[int] = []
-    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < ENOUGH_NS):
+    while len(times) < MIN_RUNS or (len(times) < most_runs and sum(times) < ENOUGH_NS):
         if before is not None:
             before()
         sync()
@@ -52,18 +59,40 @@ def other_memory(spare_bytes: int, device: torch.device) -> Before | None:
     return partial(torch.empty(nbytes, dtype=torch.uint8).fill_, 1)
 
 
-def python_ns(call: Call, ops: Sequence[Call], largest_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Return what a call into Python takes in a step beyond its time behind other memory, and beyond its time warm.
+@dataclass(frozen=True, slots=True)
+class Python:
+    """What a call into Python takes in a step beyond its time alone.
 
-    A step's other ops drive its code from the caches, too, which a write of memory does not. Seen of one such `call`, a
-    small one, behind the largest of `ops` that `largest_bytes` have room for beside it. (0, 0) where there is none.
+    A step's other ops drive its code from the caches, too, which a write of memory does not. Seen of one small call:
+    its ns `cold`, behind other memory, and `warm`, and `behind` ops that take up to 2^n ns, by n.
     """
-    spare = largest_bytes - call.own_bytes
-    fitting = [op for op in ops if op.own_bytes <= spare]
-    if device.type != "cpu" or not fitting:
-        return 0, 0
-    op, inputs = max(fitting, key=lambda o: o.own_bytes), call.values()
-    behind = median_ns(call.run, inputs, device, partial(op.run, *op.values()))
+
+    cold: int = 0
+    warm: int = 0
+    behind: tuple[tuple[int, int], ...] = ()
+
+    def beyond(self, before_ns: int, *, cold: bool) -> int:
+        """Return the ns beyond its time, taken cold or warm, of a call behind an op of `before_ns`."""
+        known = [ns for n, ns in self.behind if n <= before_ns.bit_length()]
+        return max(0, max(known, default=0) - (self.cold if cold else self.warm))
+
+
+def python_of(call: Call, ops: Sequence[tuple[int, Call]], largest_bytes: int, device: torch.device) -> Python:
+    """Return what one small `call` says of Python, behind those of `ops`, with their ns, that fit beside it.
+
+    Together they take no more than `largest_bytes`. Of ops that take about as long, the largest is run.
+    """
+    spare, inputs = largest_bytes - call.own_bytes, call.values()
+    fitting: dict[int, Call] = {}
+    for ns, op in ops if device.type == "cpu" else ():
+        n = ns.bit_length()
+        if op.own_bytes <= spare and (n not in fitting or op.own_bytes > fitting[n].own_bytes):
+            fitting[n] = op
+    if not fitting:
+        return Python()
+    behind = [
+        (n, median_ns(call.run, inputs, device, partial(op.run, *op.values()), PYTHON_RUNS))
+        for n, op in sorted(fitting.items())
+    ]
     cold = median_ns(call.run, inputs, device, other_memory(spare, device))
-    warm = median_ns(call.run, inputs, device)
-    return max(0, behind - cold), max(0, behind - warm)
+    return Python(cold, median_ns(call.run, inputs, device), tuple(behind))
