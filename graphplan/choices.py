@@ -8,13 +8,13 @@ least peak is not looked for: another form's is lower.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 import solvers
+from graphplan import nested
 from graphplan.bare import with_noise_measured
 from graphplan.capture import Capture
 from graphplan.device import Device
@@ -34,7 +34,7 @@ from graphplan.optimize import (
 )
 from graphplan.plan import Plan
 from graphplan.replay import Batch
-from solvers import Limits, Problem, Schedule, Solution
+from solvers import Schedule, Solution
 
 PARTS = (2, 4, 8)  # of the batch, tried in this order when nothing else fits
 
@@ -45,6 +45,11 @@ class Known:
 
     least: Solution | None = None
     schedules: list[Schedule] = field(default_factory=list)
+    noise: Noise | None = None  # larger estimates than the first, where a measured plan had broken the cap
+
+    def learn(self, noise: Noise) -> None:
+        """Remember larger estimates of noise, by which what was known may round too much."""
+        self.noise, self.least, self.schedules = noise, None, []
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,11 @@ class Candidate:
     prepared: Prepared
     known: Known = field(default_factory=Known)
     parts: int = 1
+
+    def informed(self) -> Candidate:
+        """Return the candidate with the largest estimates of noise that are known of it."""
+        noise = self.known.noise
+        return self if noise is None else replace(self, prepared=with_noise(self.prepared, noise))
 
     def least(self, options: Options) -> Solution:
         """Return the plan with the smallest peak that can be found, sought once."""
@@ -198,6 +208,7 @@ def _in_parts(first: Candidate, options: Options, source: Source, error: Infeasi
 
 
 def _fastest(candidates: Candidates, options: Options, batch: Batch | None) -> tuple[Candidate, Plan]:
+    candidates = tuple(c.informed() for c in candidates)
     smallest, least_of = _smallest(candidates, options), _share(candidates, options)
     lowest = smallest.least(least_of)
     share = replace(options, time_limit=options.time_limit / len(candidates))
@@ -211,6 +222,8 @@ def _fastest(candidates: Candidates, options: Options, batch: Batch | None) -> t
             errors[id(c)] = e
             continue
         prepared, plan = check_noise(c.captured, c.prepared, plan, share, batch)
+        if plan.noise and prepared.noise is not None and prepared.noise is not c.prepared.noise:
+            c.known.learn(prepared.noise)
         c.known.schedules.append(schedule_of(prepared, plan.steps))
         found.append((plan.cost_ns, i, replace(c, prepared=prepared), plan))
         if plan.cost_ns <= c.prepared.problem.program_cost_ns():
@@ -264,6 +277,7 @@ def _plans(
     candidate: Candidate, budgets: list[int], options: Options, minimum: int, batch: Batch | None
 ) -> list[tuple[int, Plan]]:
     """Return the plan for each budget that one fits, planned again with larger estimates while one breaks the cap."""
+    candidate = candidate.informed()
     for tries in range(TIGHTENINGS + 2):  # the last time without lossy codes
         plans, noise = _solved(candidate, budgets, options, minimum), candidate.prepared.noise
         if batch is None or noise is None or not any(p.noise for _, p in plans):
@@ -275,9 +289,12 @@ def _plans(
         plans = [(b, p) for (b, _), p in zip(plans, measured, strict=True)]
         if factor == 1:
             break
-        larger = noise.times(factor if tries < TIGHTENINGS else math.inf)
-        # What was known may round too much by these estimates: it is sought again.
-        candidate = replace(candidate, prepared=with_noise(candidate.prepared, larger), known=Known())
+        if tries < TIGHTENINGS:
+            candidate.known.learn(noise.times(factor))
+            candidate = candidate.informed()
+        else:
+            none = with_noise(candidate.prepared, noise.times(math.inf))
+            candidate = replace(candidate, prepared=none, known=Known())
     return plans
 
 
@@ -287,7 +304,7 @@ def _solved(candidate: Candidate, budgets: list[int], options: Options, minimum:
     limits = solvers.Limits(seconds=options.time_limit, known=() if schedule is None else (schedule,))
     options.report("solving", 0, 1)
     if options.solver == "auto":
-        found = _family(problem, budgets, limits)
+        found = nested.solve_family(candidate.prepared, budgets, limits)
     else:
         share = replace(limits, seconds=options.time_limit / len(budgets))
         found = tuple(solvers.solve(problem.with_budget(b), options.solver, share) for b in budgets)
@@ -303,29 +320,6 @@ def _solved(candidate: Candidate, budgets: list[int], options: Options, minimum:
         for b, solution in zip(budgets, found, strict=True)
         if solution.schedule is not None
     ]
-
-
-def _family(problem: Problem, budgets: list[int], limits: Limits) -> tuple[Solution, ...]:
-    """Solve every budget; where rounding is allowed, without it first: more to choose from must not cost anything."""
-    if not problem.noise_limit_ppb:
-        return solvers.solve_family(problem, budgets, limits)
-    start = time.monotonic()
-    known = tuple(s for s in limits.known if not any(problem.ops[o].noise_ppb for o in s))
-    half = replace(limits, seconds=limits.seconds / 2, known=known)
-    exact = solvers.solve_family(replace(problem, noise_limit_ppb=0), budgets, half)
-    left = replace(limits, seconds=max(half.seconds, limits.seconds - (time.monotonic() - start)))
-    rounded = solvers.solve_family(problem, budgets, left)
-    return tuple(_cheaper(problem, a, b) for a, b in zip(rounded, exact, strict=True))
-
-
-def _cheaper(problem: Problem, rounded: Solution, exact: Solution) -> Solution:
-    """Return the cheaper answer to one budget, with what is proven of the larger problem."""
-    costs = [
-        math.inf if s.schedule is None else solvers.simulate(problem, s.schedule).cost_ns for s in (rounded, exact)
-    ]
-    if costs[0] <= costs[1]:
-        return rounded
-    return replace(rounded, status=solvers.Status.FEASIBLE, schedule=exact.schedule, solver=exact.solver)
 
 
 def _smallest(candidates: Candidates, options: Options) -> Candidate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import solvers
+from graphplan import nested
 from graphplan.bare import noise_of_codes, with_noise_measured
 from graphplan.capture import Capture, capture, flatten_call
 from graphplan.codecs import Lossy, choose_codecs
@@ -20,7 +20,7 @@ from graphplan.errors import GraphplanError, PlanMismatch
 from graphplan.graph import Graph
 from graphplan.instructions import Codec, Instructions, instructions_of
 from graphplan.lift import Prepared, infeasible, lift, schedule_of
-from graphplan.lower import computing_once, lower, noise_ppb, outputs_bytes, without_codecs
+from graphplan.lower import lower, noise_ppb, outputs_bytes
 from graphplan.measure import SCALARS_BYTES, LossMemory, loss_memory, tensors_bytes
 from graphplan.noise import Noise
 from graphplan.plan import Plan
@@ -30,11 +30,9 @@ from graphplan.release import can_release
 from graphplan.replay import Batch
 from graphplan.units import check_budget, parse_budget
 from graphplan.unplanned import unplanned_peak
-from solvers import Limits, Problem, Schedule, Solution, simulate
+from solvers import Limits, Schedule, Solution, simulate
 
 LEAST_PEAK_SHARE = 0.4  # of the time limit, for finding what would be feasible
-SECOND_SHARE = 0.5  # of the time limit at least, where plans with codecs and without are searched one after the other
-ONCE_SHARE = 0.1  # of the time limit, for plans that recompute nothing
 ANY_NOISE_PPB = 1 << 62
 TIGHTENINGS = 3
 
@@ -205,30 +203,11 @@ def find_least(prepared: Prepared, options: Options) -> Solution:
     """Return the plan with the smallest peak that can be found; it does not depend on the budget.
 
     Its `single_peak_bytes` are those of plans without codecs.
-
-    The search is no proof, and may find less where it has more to choose from. So plans without codecs are searched
-    first: to allow codecs never raises the least peak, of however large a graph.
     """
     options.report("least feasible peak", 0, 1)
-    problem, seconds, start = prepared.problem, LEAST_PEAK_SHARE * options.time_limit, time.monotonic()
-    plain = None
-    if prepared.instructions.encoded:
-        plain = solvers.least_peak(without_codecs(problem, prepared.instructions), Limits(seconds=seconds))
-        seconds = max(seconds - (time.monotonic() - start), seconds / 2)
-    found = solvers.least_peak(problem, Limits(seconds=seconds))
+    found = nested.least_peak(prepared, LEAST_PEAK_SHARE * options.time_limit)
     options.report("least feasible peak", 1, 1)
-    if plain is None:
-        return found
-    if _peak(found) == _peak(plain):  # the schedule that serves with codecs and without
-        found = replace(found, schedule=plain.schedule)
-    elif _peak(found) > _peak(plain):
-        found = replace(plain, status=solvers.Status.FEASIBLE)
-    return replace(found, single_peak_bytes=plain.single_peak_bytes)
-
-
-def _peak(solution: Solution) -> int:
-    assert solution.least_peak_bytes is not None
-    return solution.least_peak_bytes
+    return found
 
 
 def make_plan(prepared: Prepared, least: Solution, options: Options, known: tuple[Schedule, ...] = ()) -> Plan:
@@ -243,68 +222,12 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     found = () if least.schedule is None else (least.schedule,)
     limits = Limits(seconds=options.time_limit, known=(*found, *known))
     options.report("solving", 0, 1)
-    solution = _solve(prepared, options.solver, limits, least.single_peak_bytes or 0)
+    solution = nested.solve(prepared, options.solver, limits, least.single_peak_bytes or 0)
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
     if solution.schedule is None:
         raise infeasible(prepared, min(least.least_peak_bytes, solution.least_peak_bytes or least.least_peak_bytes))
     return lift(prepared, solution, least.least_peak_bytes)
-
-
-def _solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: int) -> Solution:
-    """Return the solver's answer; where it is not proven best, no worse than what it finds then without codecs.
-
-    More to choose from makes a larger search, which may find less before its time is up. Below the least peak of single
-    recomputation without codecs, what is best of one recompute a value may be worse than a plan of more, and time is
-    short: there plans without codecs come first, and the others start from what they reach.
-    """
-    start, problem = time.monotonic(), prepared.problem
-    if not prepared.instructions.encoded:
-        return solvers.solve(problem, solver, limits)
-    known = (*limits.known, *_computing_once(prepared, solver, limits))
-    if problem.budget_bytes < single_peak_bytes:
-        plain = _without_codecs(prepared, solver, limits)
-        known = known if plain.schedule is None else (*known, plain.schedule)
-        return _cheaper(problem, solvers.solve(problem, solver, replace(_rest(limits, start), known=known)), plain)
-    solution = solvers.solve(problem, solver, replace(_rest(limits, start), known=known))
-    if solution.status is solvers.Status.OPTIMAL:
-        return solution
-    return _cheaper(problem, solution, _without_codecs(prepared, solver, _rest(limits, start)))
-
-
-def _computing_once(prepared: Prepared, solver: str, limits: Limits) -> tuple[Schedule, ...]:
-    """Return the best plan that computes everything once, where two results of one op have codes.
-
-    Solvers let such results come back together, so that in their plans one of them is encoded at most.
-    """
-    coded = {e.of for e in prepared.instructions.encoded}
-    if all(len(coded.intersection(op.writes)) < 2 for op in prepared.graph.ops):
-        return ()
-    few = replace(limits, known=(), seconds=ONCE_SHARE * limits.seconds)
-    found = solvers.solve(computing_once(prepared.problem), solver, few).schedule
-    return () if found is None else (found,)
-
-
-def _rest(limits: Limits, start: float) -> Limits:
-    """Return the limits of a second solve."""
-    return replace(limits, seconds=max(limits.seconds - (time.monotonic() - start), SECOND_SHARE * limits.seconds))
-
-
-def _without_codecs(prepared: Prepared, solver: str, limits: Limits) -> Solution:
-    plain = without_codecs(prepared.problem, prepared.instructions)
-    known = tuple(s for s in limits.known if max(s) < len(plain.ops))
-    return solvers.solve(plain, solver, replace(limits, known=known))
-
-
-def _cheaper(problem: Problem, solution: Solution, plain: Solution) -> Solution:
-    """Return `solution`, with the schedule that was found without codecs where that costs less."""
-    if plain.schedule is None:
-        return solution
-    cost = simulate(problem, plain.schedule).cost_ns
-    if solution.schedule is not None and simulate(problem, solution.schedule).cost_ns <= cost:
-        return solution
-    status = solvers.Status.FEASIBLE
-    return replace(solution, schedule=plain.schedule, status=status, solver=f"{plain.solver}, no codecs")
 
 
 def check_noise(

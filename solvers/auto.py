@@ -40,8 +40,10 @@ def solve_auto(problem: Problem, limits: Limits) -> Solution:
     if working_set(problem, units).peak_bytes > problem.budget_bytes:
         return _without_plan(search, ANY_PLAN)
     search.share, search.stage = GREEDY_SHARE, "known plan"
-    fitting = offer_known(search, units)
     known = remembered(problem, limits)
+    if known is not None and known.single.schedule not in limits.known:
+        search.limits = replace(limits, known=(*limits.known, known.single.schedule))
+    fitting = offer_known(search, units)
     if fitting or known is None or known.single.peak_bytes <= problem.budget_bytes:
         search.stage = "checkpoints"
         fitting += offer_checkpoints(search, units)

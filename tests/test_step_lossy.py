@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from test_step import OPTIMIZERS
 from torch import Tensor, nn
 
 import graphplan
-from graphplan.bare import noise_of_plans
-from graphplan.choices import Candidate, candidates_of, frontier, with_parts
+from graphplan.bare import noise_of_plans, with_noise_measured
+from graphplan.choices import Candidate, Known, at_budget, candidates_of, choose, frontier, with_parts
 from graphplan.lift import lift, schedule_of
 from graphplan.noise import REFUSED_PPB, gradient_variance
 from graphplan.optimize import Options, Source, make_options
@@ -237,7 +238,7 @@ def test_no_plan_of_a_frontier_breaks_the_cap(understated: float) -> None:
     assert rounding
     assert all(p.noise_measured is not None and p.noise_measured <= 1e-3 for p in rounding)
     if understated < 1:
-        blind = frontier((only,), options, 5)
+        blind = frontier((replace(only, known=Known()),), options, 5)
         assert all(p.noise_measured is None for p in blind if p.noise)
         assert source.batch is not None
         measured = noise_of_plans(only.captured, only.prepared, blind, source.batch, "sgd")
@@ -253,3 +254,24 @@ def test_a_least_plan_that_rounds_too_much_is_sought_again() -> None:
     plans = frontier((only,), options, 3, source.batch)
     assert plans
     assert all(p.noise_measured is not None and p.noise_measured <= 1e-3 for p in plans if p.noise)
+
+
+def test_estimates_that_were_too_small_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next budget begins with those that held for the last one, and what was known by smaller ones is forgotten."""
+    only, options, source = where_codes_pay(1e-2)
+    top = only.prepared.baseline_peak_bytes
+    measured: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        measured.append(1)
+        return with_noise_measured(*arguments)
+
+    monkeypatch.setattr(sys.modules["graphplan.optimize"], "with_noise_measured", counted)
+    _, first = choose(at_budget((only,), int(0.75 * top)), options, source)
+    assert first.noise
+    assert len(measured) > 1
+    assert only.known.noise is not None
+    measured.clear()
+    _, second = choose(at_budget((only,), int(0.7 * top)), options, source)
+    assert second.noise_measured is not None
+    assert len(measured) == 1
