@@ -1,8 +1,8 @@
 """More to choose from must not cost anything: what codecs allow is searched from the best of plans that use less.
 
 A larger search may find less before its time is up. So where what all codecs allow is not proven best in a moment,
-plans without codecs are searched, then those without rounding and those that recompute nothing: each starts from the
-ones before it, and so does the last search, for plans of every kind.
+plans without codecs are searched, those without rounding, and those that recompute nothing; the last search, for plans
+of every kind, starts from all of these.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from graphplan.lift import Prepared
 from graphplan.lower import computing_once, without_codecs
 from solvers import Limits, Problem, Schedule, Solution, Status, simulate
 
-FIRST_SHARE = 0.3  # of the time limit, for a proof that makes all else unnecessary
+FIRST_SHARE = 0.5  # of the time limit, for a proof that makes all else unnecessary
 ONCE_SHARE = 0.1  # of the time limit, for plans that recompute nothing, where that proof says nothing of them
 NARROW_SHARE = 0.2  # of the time limit at least, for each narrower search after the one without codecs
 LAST_SHARE = 0.5  # of the time limit at least, for the last
 
 
-def solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: int) -> Solution:
+def solve(prepared: Prepared, solver: str, limits: Limits, least: Solution) -> Solution:
     """Return the solver's answer, no worse than what it finds in `limits.seconds` without codecs.
 
-    All searches together may take twice that, where nothing is proven. Below the least peak of single recomputation
-    without codecs, `single_peak_bytes`, what is best of one recompute a value may be worse than a plan of more: there
-    no proof of it is tried first.
+    All searches together may take twice that, where nothing is proven. `least` is the answer of `least_peak`: below the
+    least peak of single recomputation without codecs, what is best of one recompute a value may be worse than a plan of
+    more, and no proof of it is tried first.
     """
     start, problem = time.monotonic(), prepared.problem
-    if not prepared.instructions.encoded:
+    if not prepared.instructions.encoded or problem.budget_bytes < _peak(least):
         return solvers.solve(problem, solver, limits)
     found: list[Solution] = []
 
@@ -47,7 +47,7 @@ def solve(prepared: Prepared, solver: str, limits: Limits, single_peak_bytes: in
     once = computing_once(problem)  # of which a schedule that recomputes is none
     if _several_codes(prepared):
         found.append(search(once, ONCE_SHARE))
-    if problem.budget_bytes >= single_peak_bytes:
+    if problem.budget_bytes >= (least.single_peak_bytes or 0):
         found.append(search(problem, FIRST_SHARE, known()))
         if found[-1].status is Status.OPTIMAL:
             return found[-1]

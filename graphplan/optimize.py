@@ -222,7 +222,7 @@ def make_plan(prepared: Prepared, least: Solution, options: Options, known: tupl
     found = () if least.schedule is None else (least.schedule,)
     limits = Limits(seconds=options.time_limit, known=(*found, *known))
     options.report("solving", 0, 1)
-    solution = nested.solve(prepared, options.solver, limits, least.single_peak_bytes or 0)
+    solution = nested.solve(prepared, options.solver, limits, least)
     options.report("solving", 1, 1)
     assert least.least_peak_bytes is not None
     if solution.schedule is None:

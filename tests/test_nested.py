@@ -21,8 +21,8 @@ from solvers import Limits, Problem, Schedule, Solution, Status
 PART = 0.3  # of the range of budgets
 
 
-def ground() -> Prepared:
-    """Return a net with exact and lossy codes at a budget where recomputing and codes have plans."""
+def ground(part: float = PART) -> tuple[Prepared, Solution]:
+    """Return a net with exact and lossy codes, at a budget where each kind of plan fits, and its least plan."""
     torch.manual_seed(0)
     layers = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 1, 1))]
     model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 24 * 24, 5)), torch.randn(8, 16, 24, 24)
@@ -30,10 +30,11 @@ def ground() -> Prepared:
     options = make_options("100%", "lossy", time_limit=4, **loss)
     (only,) = candidates_of(model, Source.of(model, (x,), {}, options), options)
     prepared = only.prepared
-    least = find_least(prepared, options).single_peak_bytes
-    assert least is not None
-    budget = least + PART * (prepared.baseline_peak_bytes - least)
-    return replace(prepared, problem=prepared.problem.with_budget(int(budget)))
+    least = find_least(prepared, options)
+    low = least.single_peak_bytes
+    assert low is not None
+    budget = low + part * (prepared.baseline_peak_bytes - low)
+    return replace(prepared, problem=prepared.problem.with_budget(int(budget))), least
 
 
 def cost(problem: Problem, schedule: Schedule | None) -> int:
@@ -58,7 +59,7 @@ def parts(prepared: Prepared) -> dict[str, Problem]:
 def test_one_search_that_finds_something_is_enough(
     works: str, below_single: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = ground()
+    prepared, least = ground()
     part, solve = parts(prepared)[works], solvers.solve
 
     def only(problem: Problem, solver: str, limits: Limits) -> Solution:
@@ -67,15 +68,15 @@ def test_one_search_that_finds_something_is_enough(
         return Solution(Status.NOT_FOUND, None, 0, "any plan", "none")
 
     monkeypatch.setattr(nested.solvers, "solve", only)
-    single = 1 << 62 if below_single else 0
-    found = nested.solve(prepared, "auto", Limits(seconds=4), single)
+    least = replace(least, single_peak_bytes=1 << 62 if below_single else 0)
+    found = nested.solve(prepared, "auto", Limits(seconds=4), least)
     assert cost(prepared.problem, found.schedule) <= cost(part, solve(part, "auto", Limits(seconds=4)).schedule)
     assert found.status is Status.FEASIBLE
 
 
 def test_later_searches_start_from_what_earlier_ones_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """But plans without codecs are searched as if there were none: no worse for those that are allowed."""
-    prepared, solve = ground(), solvers.solve
+    (prepared, least), solve = ground(), solvers.solve
     names = {p: name for name, p in parts(prepared).items()}
     asked: list[tuple[str, int]] = []
 
@@ -84,7 +85,7 @@ def test_later_searches_start_from_what_earlier_ones_found(monkeypatch: pytest.M
         return replace(solve(problem, solver, limits), status=Status.FEASIBLE)
 
     monkeypatch.setattr(nested.solvers, "solve", unproven)
-    nested.solve(prepared, "auto", Limits(seconds=2), 0)
+    nested.solve(prepared, "auto", Limits(seconds=2), least)
     assert [name for name, _ in asked] == [
         "nothing twice", "everything", "no codecs", "no rounding", "nothing twice", "everything"
     ]  # fmt: skip
@@ -94,7 +95,7 @@ def test_later_searches_start_from_what_earlier_ones_found(monkeypatch: pytest.M
 
 
 def test_what_is_proven_best_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, solve = ground(), solvers.solve
+    (prepared, least), solve = ground(), solvers.solve
 
     asked: list[Problem] = []
 
@@ -103,15 +104,28 @@ def test_what_is_proven_best_is_searched_once(monkeypatch: pytest.MonkeyPatch) -
         return solve(problem, solver, limits)
 
     monkeypatch.setattr(nested.solvers, "solve", counted)
-    found = nested.solve(prepared, "auto", Limits(seconds=20), 0)
+    found = nested.solve(prepared, "auto", Limits(seconds=20), least)
     assert found.status is Status.OPTIMAL
     assert asked[-1] == prepared.problem
     assert len(asked) == 2  # a pool's result and indices have codes: nothing recomputed comes first
 
 
+def test_a_budget_below_all_that_was_found_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    (prepared, least), solve = ground(-0.2), solvers.solve
+    asked: list[Problem] = []
+
+    def counted(problem: Problem, solver: str, limits: Limits) -> Solution:
+        asked.append(problem)
+        return solve(problem, solver, limits)
+
+    monkeypatch.setattr(nested.solvers, "solve", counted)
+    assert nested.solve(prepared, "auto", Limits(seconds=2), least).schedule is None
+    assert asked == [prepared.problem]
+
+
 @pytest.mark.parametrize("works", ["no codecs", "no rounding", "everything"])
 def test_one_family_that_finds_something_is_enough(works: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = ground()
+    prepared, _ = ground()
     part, solve = parts(prepared)[works], solvers.solve_family
     budgets = [prepared.problem.budget_bytes, prepared.baseline_peak_bytes]
 
