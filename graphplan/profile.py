@@ -62,7 +62,7 @@ def profile(
         held = {p.key: p for p in every if p.key in device.samples and not p.functions}
         beside = {k: p.call(p.touched_bytes + device.samples[k].workspace_bytes, where) for k, p in held.items()}
         ops = {k: (device.samples[k].cost_ns, call) for k, call in beside.items()}
-        before = _before(instructions, probes)
+        before = _before(instructions, probes, extra)
         device.samples.update(_measure(list(missing.values()), ops, before, where, progress))
         _add_up(graph, instructions, device, probes, {i: p for i, p in extra.items() if _key(probes[i]) in missing})
     samples = [None if p is None else _sample(graph, instructions, device, probes, i) for i, p in enumerate(probes)]
@@ -240,11 +240,13 @@ def _device_of(graph: Graph) -> torch.device:
     return torch.device("cpu")
 
 
-def _before(instructions: Instructions, probes: Sequence[_Probe | None]) -> dict[str, list[tuple[str, ...]]]:
+def _before(
+    instructions: Instructions, probes: Sequence[_Probe | None], extra: dict[int, _Probe]
+) -> dict[str, list[tuple[str, ...]]]:
     """Return the keys of the ops that run before each place where a codec's function may be called, by its key.
 
     What encodes a storage stands behind its last use in the forward, what decodes it before its first in the backward,
-    and what runs for an op in its place.
+    and what runs for an op, and what it does beyond it, in the op's place.
     """
     at = {i: n for n, i in enumerate(instructions.program)}
     last, first = dict[int, int](), dict[int, int]()
@@ -256,16 +258,17 @@ def _before(instructions: Instructions, probes: Sequence[_Probe | None]) -> dict
             else:
                 first.setdefault(s, n)
     found: dict[str, list[tuple[str, ...]]] = {}
-    for item, probe in zip(instructions.items, probes, strict=True):
+    for i, probe in (*enumerate(probes), *extra.items()):
         if probe is None or not probe.functions:
             continue
+        item = instructions.items[i]
         if item.op is not None:
             n = at[instructions.place(item.op)]
         elif item.kind == "encode":
             n = max((last.get(s, 0) for s in item.reads), default=0)
         else:
             n = min((first[s] for s in item.writes if s in first), default=instructions.turn)
-        keys = (_key(probes[i]) for i in instructions.program[max(0, n - BEFORE) : n])
+        keys = (_key(probes[p]) for p in instructions.program[max(0, n - BEFORE) : n])
         found.setdefault(probe.key, []).append(tuple(keys))
     return found
 
@@ -323,17 +326,15 @@ def _timed(
             continue
         if probe.functions and python is None:
             python = python_of(call, list(ops.values()), largest, device)  # the smallest call of a codec's function
-        inputs = call.values()
-        memory = other_memory(largest - call.own_bytes, device) if probe.touched_bytes >= LEAST_BYTES else None
+        inputs, cold = call.values(), probe.touched_bytes >= LEAST_BYTES
+        memory = other_memory(largest - call.own_bytes, device) if cold else None
         cost_ns = median_ns(probe.module, inputs, device, memory)
         del inputs, memory
-        if probe.functions and python is not None:
-            places = [max((ops[k][0] for k in keys if k in ops), default=0) for keys in before.get(probe.key, ())]
-            cost_ns += probe.functions * python.beyond(
-                median_low(places or [0]), cold=probe.touched_bytes >= LEAST_BYTES
-            )
-        elif not probe.functions:
+        if python is None:
             ops[probe.key] = (cost_ns, call)
+        else:
+            places = [max((ops[k][0] for k in keys if k in ops), default=0) for keys in before[probe.key]]
+            cost_ns += probe.functions * python.beyond(median_low(places), cold=cold)
         yield probe, cost_ns
     room.release()
 

@@ -86,7 +86,7 @@ def test_what_runs_before_a_code_are_the_ops_before_its_place() -> None:
     instructions = instructions_of(graph, choose_codecs("int8"))
     probes = [profile._probe(graph, instructions, item) for item in instructions.items]
     names = {p.key: p.target.removeprefix("aten.").split(".")[0] for p in probes if p is not None}
-    before = profile._before(instructions, probes)
+    before = profile._before(instructions, probes, {})
     found = {
         item.name: [names[k] for k in before[p.key][0] if k]
         for item, p in zip(instructions.items, probes, strict=True)
