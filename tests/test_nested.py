@@ -21,7 +21,7 @@ from solvers import Limits, Problem, Schedule, Solution, Status
 PART = 0.3  # of the range of budgets
 
 
-def ground(part: float = PART) -> tuple[Prepared, Solution]:
+def ground() -> tuple[Prepared, Solution]:
     """Return a net with exact and lossy codes, at a budget where each kind of plan fits, and its least plan."""
     torch.manual_seed(0)
     layers = [m for _ in range(3) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 1, 1))]
@@ -33,7 +33,7 @@ def ground(part: float = PART) -> tuple[Prepared, Solution]:
     least = find_least(prepared, options)
     low = least.single_peak_bytes
     assert low is not None
-    budget = low + part * (prepared.baseline_peak_bytes - low)
+    budget = low + PART * (prepared.baseline_peak_bytes - low)
     return replace(prepared, problem=prepared.problem.with_budget(int(budget))), least
 
 
@@ -111,7 +111,9 @@ def test_what_is_proven_best_is_searched_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_budget_below_all_that_was_found_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    (prepared, least), solve = ground(-0.2), solvers.solve
+    (prepared, least), solve = ground(), solvers.solve
+    assert least.least_peak_bytes is not None
+    prepared = replace(prepared, problem=prepared.problem.with_budget(least.least_peak_bytes - 1))
     asked: list[Problem] = []
 
     def counted(problem: Problem, solver: str, limits: Limits) -> Solution:
