@@ -26,9 +26,9 @@ LAST_SHARE = 0.5  # of the time limit at least, for the last
 def solve(prepared: Prepared, solver: str, limits: Limits, least: Solution) -> Solution:
     """Return the solver's answer, no worse than what it finds in `limits.seconds` without codecs.
 
-    All searches together may take twice that, where nothing is proven. `least` is the answer of `least_peak`: below the
-    least peak of single recomputation without codecs, what is best of one recompute a value may be worse than a plan of
-    more, and no proof of it is tried first.
+    Together the searches may take two to three times that, where nothing is proven. `least` is the answer of
+    `least_peak`: below the least peak of single recomputation without codecs, what is best of one recompute a value may
+    be worse than a plan of more, and no proof of it is tried first.
     """
     start, problem = time.monotonic(), prepared.problem
     if not prepared.instructions.encoded or problem.budget_bytes < _peak(least):

@@ -217,7 +217,7 @@ def optimize(
         gradient_noise: the cap on what lossy codecs add to the gradient, as a share of the variance that it has
             over batches: 0.1 costs about as much as a batch a tenth smaller.
         solver: a name from `solvers.SOLVERS`.
-        time_limit: seconds for solving; up to twice as many with codecs, where no plan is proven best.
+        time_limit: seconds for solving; two to three times as many with codecs, where no plan is proven best.
         device: a saved Device to plan for; None measures this machine.
         loss_fn: what the caller computes on the outputs, so that its memory is reserved; without it, three
             times the outputs' bytes are.
