@@ -72,7 +72,7 @@ class Candidate:
     def least(self, options: Options) -> Solution:
         """Return the plan with the smallest peak that can be found, sought once."""
         if self.known.least is None:
-            self.known.least = find_least(self.prepared, options)
+            self.known.least = find_least(self.informed().prepared, options)
         return self.known.least
 
     def least_bytes(self, options: Options) -> int:

@@ -96,7 +96,6 @@ def test_later_searches_start_from_what_earlier_ones_found(monkeypatch: pytest.M
 
 def test_what_is_proven_best_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     (prepared, least), solve = ground(), solvers.solve
-
     asked: list[Problem] = []
 
     def counted(problem: Problem, solver: str, limits: Limits) -> Solution:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import graphplan
 from graphplan.bare import noise_of_plans, with_noise_measured
 from graphplan.choices import Candidate, Known, at_budget, candidates_of, choose, frontier, with_parts
-from graphplan.lift import lift, schedule_of
+from graphplan.lift import Prepared, lift, schedule_of
 from graphplan.noise import REFUSED_PPB, gradient_variance
-from graphplan.optimize import Options, Source, make_options
+from graphplan.optimize import Options, Source, find_least, make_options
 from graphplan.step import slices, slicing
 from models_zoo import MODELS
 from solvers import Solution, Status, simulate
@@ -275,3 +275,19 @@ def test_estimates_that_were_too_small_are_remembered(monkeypatch: pytest.Monkey
     _, second = choose(at_budget((only,), int(0.7 * top)), options, source)
     assert second.noise_measured is not None
     assert len(measured) == 1
+
+
+def test_the_least_plan_is_sought_by_the_estimates_that_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for it: one by the first estimates, kept beside the larger ones, may round too much."""
+    only, options, _ = where_codes_pay(1e-2)
+    assert only.prepared.noise is not None
+    larger, asked = only.prepared.noise.times(100), list[Any]()
+
+    def seen(prepared: Prepared, options: Options) -> Solution:
+        asked.append(prepared.noise)
+        return find_least(prepared, options)
+
+    monkeypatch.setattr(sys.modules["graphplan.choices"], "find_least", seen)
+    only.known.learn(larger)
+    only.least(options)
+    assert asked == [larger]
