@@ -26,9 +26,9 @@ def operands_of(graph: Graph) -> dict[int, int]:
     The op has an in-place form of the same arithmetic; the operand fills its whole storage, has the result's shape,
     strides and dtype, is written in the same half, and no later op of that half reads it.
     """
-    half = {s: op.backward for op in graph.ops for s in op.writes}
+    half = _halves(graph)
     last = {(s, op.backward): op.id for op in graph.ops for s in op.reads}
-    saved = {s for s, backward in last if backward and half.get(s) is False}
+    saved = saved_in(graph)
     taken = graph.returned.union(*(graph.storages_of[n] for _, n in graph.mutations))
     found: dict[int, int] = {}
     for op in graph.ops:
@@ -39,6 +39,16 @@ def operands_of(graph: Graph) -> dict[int, int]:
         if free:
             found[op.id] = min(free, key=lambda s: s in saved)  # what no backward op reads is free in every plan
     return found
+
+
+def saved_in(graph: Graph) -> frozenset[int]:
+    """Return what the forward writes and the backward reads: it dies where plans say, any other in its last read."""
+    half = _halves(graph)
+    return frozenset(s for op in graph.ops if op.backward for s in op.reads if half.get(s) is False)
+
+
+def _halves(graph: Graph) -> dict[int, bool]:
+    return {s: op.backward for op in graph.ops for s in op.writes}
 
 
 def written_over(graph: Graph, op: GraphOp, storage: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

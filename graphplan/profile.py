@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from graphplan.device import Device, Sample, sample_key
 from graphplan.functions.register import NAMESPACE
-from graphplan.graph import Graph, target_text
+from graphplan.graph import Graph, GraphOp, target_text
 from graphplan.heap import Room
+from graphplan.in_place import saved_in, written_over
 from graphplan.instructions import Instruction, Instructions
 from graphplan.meter import Meter, Reading
 from graphplan.passes import made_up
@@ -51,7 +52,8 @@ def profile(
     With `run=False` nothing is executed: `device` describes another machine and missing samples are estimated.
     So is an op that refuses to run on made-up values; `measured` is then False.
     """
-    probes = [_probe(graph, instructions, item) for item in instructions.items]
+    saved = saved_in(graph)
+    probes = [_probe(graph, instructions, item, saved) for item in instructions.items]
     joint = instructions.joint()  # `lower` adds up what these cost
     alone = ((i, item) for i, item in enumerate(instructions.items) if item.beyond and i not in joint)
     extra = {i: _beyond(graph, instructions, item) for i, item in alone}
@@ -121,15 +123,29 @@ def _key(probe: _Probe | None) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Probe:
-    """One instruction as a small graph of its own; `over`: that of the form which writes over what it reads."""
+    """One instruction as a small graph of its own; `over`: that of the form which writes over what it reads.
+
+    `dies`: what it could write over is always free to be.
+    """
 
     module: fx.GraphModule
     over: fx.GraphModule | None
+    dies: bool
     inputs: tuple[Any, ...]  # fake or meta tensors that say the shapes; an optimizer's state and settings as dicts
     written_bytes: int
     target: str
     key: str
     timed: bool  # False: its parts are
+
+    @property
+    def metered(self) -> list[fx.GraphModule]:
+        """The forms whose scratch memory counts: an op of ATen's holds no more in place, a codec's function may."""
+        return [f for f in (self.module, None if self.target.endswith(":op") else self.over) if f is not None]
+
+    @property
+    def usual(self) -> fx.GraphModule:
+        """The form that is timed."""
+        return self.over if self.dies and self.over is not None else self.module
 
     @property
     def touched_bytes(self) -> int:
@@ -143,17 +159,21 @@ class _Probe:
         return sum(op.namespace == NAMESPACE for op in ops)
 
     def call(self, own_bytes: int, device: torch.device) -> Call:
-        return Call(self.module, lambda: [made_up(t, device) for t in self.inputs], own_bytes)
+        return Call(self.usual, lambda: [made_up(t, device) for t in self.inputs], own_bytes)
 
 
 class _Isolated:
     """An Emitter that makes every value that is loaded an input, and every value that is stored an output."""
 
-    def __init__(self, instructions: Instructions, *, takes_over: bool = False) -> None:
-        self.graph, self.takes_over = fx.Graph(), takes_over
+    def __init__(self, graph: Graph, instructions: Instructions, over: tuple[GraphOp, int] | None = None) -> None:
+        self.source, self.graph, self.over = graph, fx.Graph(), over
         self.encoded = {e.id: e for e in instructions.encoded}
         self.inputs: dict[Any, tuple[fx.Node, Any]] = {}
         self.outputs: list[fx.Node] = []
+
+    @property
+    def takes_over(self) -> bool:
+        return self.over is not None
 
     def load(self, node: fx.Node) -> fx.Node:
         return self._input(node, node.meta["val"])
@@ -170,7 +190,10 @@ class _Isolated:
         return 0
 
     def copy(self, node: fx.Node, name: str) -> fx.Node:
-        return self.graph.node_copy(node, self.load)
+        if self.over is None or self.over[0].node is not node:
+            return self.graph.node_copy(node, self.load)
+        args, kwargs = fx.map_arg(node.args, self.load), fx.map_arg(node.kwargs, self.load)
+        return self.graph.call_function(*written_over(self.source, *self.over, args, kwargs))
 
     def store(self, node: fx.Node, value: fx.Node) -> None:
         self.outputs.append(value)
@@ -185,13 +208,15 @@ class _Isolated:
         return self.inputs[key][0]
 
 
-def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Probe | None:
+def _probe(
+    graph: Graph, instructions: Instructions, item: Instruction, saved: frozenset[int] = frozenset()
+) -> _Probe | None:
     if item.kind in ("buffers", "turn", "end"):
         return None
-    out = _isolated(instructions, item)
-    # An op of ATen's holds no more in place. What a codec's function holds there, the Problem must have room for.
-    over = item.kind == "variant" and item.takes_over is not None
-    in_place = _isolated(instructions, item, takes_over=True) if over else None
+    out = _isolated(graph, instructions, item)
+    over = None if item.takes_over is None or item.op is None else (graph.ops[item.op], item.takes_over)
+    in_place = None if over is None else _isolated(graph, instructions, item, over)
+    dies = item.takes_over not in saved
     inputs = tuple(t for _, t in out.inputs.values())
     sizes = {e.id: e.nbytes for e in instructions.encoded}
     written = sum(sizes[s] if s in sizes else graph.storages[s].nbytes for s in item.writes)
@@ -199,10 +224,11 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     shapes = [_described(v) for v in inputs]
     target = item.kind if item.op is None else f"{graph.ops[item.op].target}:{item.kind}"
     device = _device_of(graph)
-    text = f"{body}|{shapes}|{written}|{device.type}" + ("|over" if over else "")
+    text = f"{body}|{shapes}|{written}|{device.type}" + ("" if over is None else "|over" if dies else "|beside")
     return _Probe(
         fx.GraphModule({}, out.graph),
         None if in_place is None else fx.GraphModule({}, in_place.graph),
+        dies,
         inputs,
         written,
         target,
@@ -211,8 +237,10 @@ def _probe(graph: Graph, instructions: Instructions, item: Instruction) -> _Prob
     )
 
 
-def _isolated(instructions: Instructions, item: Instruction, *, takes_over: bool = False) -> _Isolated:
-    out = _Isolated(instructions, takes_over=takes_over)
+def _isolated(
+    graph: Graph, instructions: Instructions, item: Instruction, over: tuple[GraphOp, int] | None = None
+) -> _Isolated:
+    out = _Isolated(graph, instructions, over)
     item.emit(out)
     first = next(iter(out.graph.nodes))
     for node in reversed([n for n, _ in out.inputs.values()]):
@@ -288,7 +316,7 @@ def _measure(
     with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch._C._DisableAutocast():
         with Meter(device) as meter:
             for i, probe in enumerate(probes):
-                for form in (f for f in (probe.module, probe.over) if f is not None):
+                for form in probe.metered:
                     for values in ({}, *telling_values(form)):
                         refused = not _runs(probe, form, values, meter, device)
                         ran.append((probe, form is probe.over, refused))
@@ -328,7 +356,7 @@ def _timed(
             python = python_of(call, list(ops.values()), largest, device)  # the smallest call of a codec's function
         inputs, cold = call.values(), probe.touched_bytes >= LEAST_BYTES
         memory = other_memory(largest - call.own_bytes, device) if cold else None
-        cost_ns = median_ns(probe.module, inputs, device, memory)
+        cost_ns = median_ns(call.run, inputs, device, memory, room=room)
         del inputs, memory
         if python is None:
             ops[probe.key] = (cost_ns, call)
