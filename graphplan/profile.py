@@ -138,11 +138,6 @@ class _Probe:
     timed: bool  # False: its parts are
 
     @property
-    def metered(self) -> list[fx.GraphModule]:
-        """The forms whose scratch memory counts: an op of ATen's holds no more in place, a codec's function may."""
-        return [f for f in (self.module, None if self.target.endswith(":op") else self.over) if f is not None]
-
-    @property
     def usual(self) -> fx.GraphModule:
         """The form that is timed."""
         return self.over if self.dies and self.over is not None else self.module
@@ -316,7 +311,7 @@ def _measure(
     with torch.random.fork_rng(devices=cuda), torch.no_grad(), torch._C._DisableAutocast():
         with Meter(device) as meter:
             for i, probe in enumerate(probes):
-                for form in probe.metered:
+                for form in (f for f in (probe.module, probe.over) if f is not None):
                     for values in ({}, *telling_values(form)):
                         refused = not _runs(probe, form, values, meter, device)
                         ran.append((probe, form is probe.over, refused))
@@ -370,10 +365,13 @@ def _timed(
 def _scratch(ran: Sequence[tuple[_Probe, bool, bool]], readings: Sequence[Reading]) -> dict[str, int]:
     """Return the most that each probe holds beside what it reads and writes, of (probe, in place?, refused?) by region.
 
-    A region that raised has a reading, too, of no use; its probe is left out.
+    A region that raised has a reading, too, of no use; its probe is left out. An op of ATen's holds no more in place,
+    what a codec's function holds there counts.
     """
     found: dict[str, int] = {}
     for (probe, over, _), reading in zip(ran, readings, strict=True):
+        if over and probe.target.endswith(":op"):
+            continue
         own = reading.peak_bytes - (0 if over else probe.written_bytes)
         found[probe.key] = max(0, own, found.get(probe.key, 0))
     refusing = {p.key for p, _, refused in ran if refused}

@@ -82,6 +82,18 @@ def test_steps_update_as_the_plain_loop_does(name: str, options: dict[str, float
     assert graphplan.measure(step, X, runs=1).peak_bytes <= step.plan.peak_bytes
 
 
+def test_the_norm_of_a_complex_gradient_is_real() -> None:
+    """What gradients are multiplied by is real, as traced and as run: a real gradient stays real."""
+    model = Spectral()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = graphplan.train_step(model, loss_fn, optimizer, "100%", X, clip_norm=0.01)
+    nodes = list(step.source(X).captures()[0].graph.module.graph.nodes)
+    norms = [n for n in nodes if n.target is torch.ops.aten.linalg_vector_norm.default]
+    (factor,) = {n for norm in norms for n in norm.users}
+    assert any(n.args[0].meta["val"].is_complex() for n in norms)  # type: ignore[union-attr]
+    assert {n.meta["val"].dtype for n in (*norms, factor)} == {torch.float32}
+
+
 def test_clipping_by_value_is_refused() -> None:
     model = Spectral()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

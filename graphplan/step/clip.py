@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -112,13 +113,15 @@ def clip_factor(norms: list[Tensor], bound: float) -> Tensor:
 
 
 def _after(
-    graph: fx.Graph, place: fx.Node, target: object, args: tuple[object, ...], backward: set[fx.Node]
+    graph: fx.Graph, place: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], backward: set[fx.Node]
 ) -> fx.Node:
     """Add a backward node behind `place`: an elementwise one, or one that yields a scalar."""
     with graph.inserting_after(place):
-        node = graph.call_function(target, args)  # type: ignore[arg-type]
+        node = graph.call_function(target, args)
     value = node.all_input_nodes[0].meta["val"]
     elementwise = target in (aten.clamp.default, aten.mul.Tensor)
-    node.meta["val"] = torch.empty_like(value) if elementwise else value.new_empty(())
+    with detect_fake_mode(value) or contextlib.nullcontext():
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        node.meta["val"] = torch.empty_like(value) if elementwise else target(*values)  # a complex one's norm is real
     backward.add(node)
     return node
