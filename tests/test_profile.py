@@ -143,9 +143,9 @@ def test_made_up_floats_differ() -> None:
         made = made_up(like, cpu)
         assert (made.dtype, made.stride()) == (dtype, like.stride())
         values = made.float()
-        assert values.min() >= 0
+        assert values.min() >= 0.5
         assert values.max() <= 1
-        assert len(values.unique()) > 40
+        assert len(values.unique()) > 8
         assert values.equal(made_up(like, cpu).float())
     assert made_up(torch.empty(3, 1).expand(3, 5), cpu).stride() == (1, 0)
     assert not made_up(torch.ones(3, dtype=torch.int64), cpu).any()

@@ -40,7 +40,7 @@ def mend_strides(graph: fx.Graph) -> None:
 
 
 def made_up(like: Any, device: torch.device) -> Any:
-    """Return a tensor of `like`'s geometry: floats between 0 and 1, integers of zero (a legal index everywhere).
+    """Return a tensor of `like`'s geometry: floats between a half and 1, integers of zero (a legal index everywhere).
 
     The floats differ: of equal ones a max-pool is three times as fast as of a model's, as its branches are foreseen.
     Of a dict, a dict of such tensors; other values in it stay.
@@ -60,9 +60,9 @@ def made_up(like: Any, device: torch.device) -> Any:
 
 @cache
 def _drawn() -> Tensor:
-    """Return _DRAWN numbers between 0 and 1, the same in every process."""
+    """Return _DRAWN numbers between a half and 1, the same in every process: products of many are no denormals."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(_DRAWN, generator=generator, dtype=torch.float32, device="cpu")
+    return 0.5 + 0.5 * torch.rand(_DRAWN, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _doubtful(node: fx.Node) -> bool:
