@@ -2,7 +2,8 @@
 
 Instructions run on made-up tensors of the captured shapes, one at a time, so profiling never needs more memory
 than the largest single op, and never touches the user's tensors, buffers, gradients or RNG stream. On a CPU they are
-timed as a planned step runs them: on pages that are there, with operands that other ops have driven from the caches.
+timed as a planned step runs them: over what they read where that dies, on pages that are there, with operands that
+other ops have driven from the caches.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_the_norm_of_a_complex_gradient_is_real() -> None:
     nodes = list(step.source(X).captures()[0].graph.module.graph.nodes)
     norms = [n for n in nodes if n.target is torch.ops.aten.linalg_vector_norm.default]
     (factor,) = {n for norm in norms for n in norm.users}
-    assert any(n.args[0].meta["val"].is_complex() for n in norms)  # type: ignore[union-attr]
+    assert any(n.all_input_nodes[0].meta["val"].is_complex() for n in norms)
     assert {n.meta["val"].dtype for n in (*norms, factor)} == {torch.float32}
 
 
